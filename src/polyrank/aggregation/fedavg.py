@@ -1,0 +1,43 @@
+"""fedavg: the weighted mean of B, of e and of A, each on its own.
+
+Source: FedIT (Zhang et al., arXiv 2305.05644), on FedAvg (McMahan et al., arXiv 1602.05629).
+
+    B = sum_k p_k B_k        A = sum_k p_k A_k        p_k = n_k / sum n, or 1 / K
+
+Needs: all clients hold the same slots; unequal ranks are refused, other rules are made for them.
+Exactness: mean(B) mean(A) is not mean(B A); the two agree only when all clients share B or A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from polyrank.aggregation.base import (
+    Aggregated,
+    Weights,
+    client_weights,
+    mean_head,
+    slot_mean,
+)
+from polyrank.errors import InputError
+from polyrank.messages import ClientUpdate
+from polyrank.schema import Schema
+from polyrank.state import ServerState
+
+
+class FedAvg(Schema):
+    """Plain federated averaging of the factors."""
+
+    kind: Literal["fedavg"] = "fedavg"
+    weights: Weights = "examples"
+
+    def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
+        """Raises: InputError when two clients hold different slots."""
+        first = updates[0].mask
+        for update in updates[1:]:
+            if any(not bool((update.mask[name] == held).all()) for name, held in first.items()):
+                raise InputError("aggregation.kind", "fedavg", "needs equal ranks on all clients")
+        weights = client_weights(updates, self.weights)
+        adapter = slot_mean(state.adapter, updates, weights)
+        return Aggregated(adapter, mean_head(updates, weights, state.head))

@@ -1,0 +1,137 @@
+"""The command line. Heavy imports stand inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polyrank.errors import InputError, RunError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune one language model across many devices with low-rank adapters of unequal rank.",
+)
+
+ConfigArgument = Annotated[Path | None, typer.Argument(help="A TOML file; none for the quick start.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Lay key=value over the config, e.g. rounds=20.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+RunArgument = Annotated[Path, typer.Argument(help="The folder of a finished run.")]
+
+
+@app.command()
+def run(
+    config: ConfigArgument = None,
+    settings: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the run.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune across devices and leave a run folder with adapter and report."""
+    from polyrank.config import load_config
+    from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.progress import show
+
+    resolved = load_config(config, settings or [])
+    if not as_json:
+        typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")
+    experiment = prepare(resolved)
+    folder = open_folder(experiment, out)
+    rows = conduct(experiment, folder)
+    summary: dict[str, Any] = {}
+    for row in rows if as_json else show(rows, resolved.rounds):
+        summary = row
+    if as_json:
+        _print_json({"run": str(folder.path), **summary})
+        return
+    typer.echo(
+        f"accuracy {summary['test_accuracy']:.3f}, macro-F1 {summary['test_macro_f1']:.3f} "
+        f"(majority class {summary['majority_rate']:.3f}) in {summary['wall_s']:.0f} s"
+    )
+    typer.echo(f"report   {folder.path / 'report.html'}")
+    typer.echo(f"adapter  {folder.path / 'adapter'}")
+
+
+@app.command()
+def export(
+    run_folder: RunArgument,
+    merge: Annotated[bool, typer.Option("--merge", help="A plain model with the adapter folded in.")] = False,
+    out: Annotated[Path | None, typer.Option(help="New folder; RUN/merged or RUN/exported.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's adapter for PEFT, or a plain transformers model with --merge."""
+    from polyrank.export import export_run
+
+    target = out or run_folder / ("merged" if merge else "exported")
+    path = export_run(run_folder, target, merged=merge)
+    if as_json:
+        _print_json({"path": str(path), "merged": merge})
+    else:
+        typer.echo(str(path))
+
+
+@app.command()
+def report(run_folder: RunArgument) -> None:
+    """Make a run's report.html anew from its folder."""
+    from polyrank.ledger import RunFolder
+    from polyrank.report import write_report
+
+    write_report(RunFolder(run_folder))
+    typer.echo(str(run_folder / "report.html"))
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List the named methods: paper, what travels, exactness, needs."""
+    from polyrank.recipes import recipes
+
+    cards = {name: card.model_dump() for name, card in recipes().items()}
+    if as_json:
+        _print_json(cards)
+        return
+    columns = ("title", "paper", "travels", "exactness", "needs")
+    _print_table(["method", *columns], [[n, *(c[k] for k in columns)] for n, c in cards.items()])
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has: versions, devices, packaged model."""
+    from polyrank.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings)
+    else:
+        _print_table(["what", "found"], [[name, str(value)] for name, value in findings.items()])
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, show_lines=len(columns) > 2)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """Exit code 2 for bad input and 1 for a run that could not go on, each with one clear line."""
+    try:
+        app()
+    except InputError as error:
+        print(f"polyrank: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"polyrank: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,215 @@
+"""The config of a run: one closed tree of tables, from TOML, from `--set`, or from Python.
+
+Order of precedence, weakest first: defaults, the method's recipe, the file, `--set`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from polyrank.adapter import Form
+from polyrank.aggregation import Aggregation, FedAvg
+from polyrank.allocation import Allocation, Uniform
+from polyrank.data.partition import Dirichlet, Partition
+from polyrank.data.texts import Data
+from polyrank.errors import InputError, choices
+from polyrank.messages import Training
+from polyrank.models.load import PACKAGED
+from polyrank.recipes import recipe
+from polyrank.sampling import SampleCount, Sampling
+from polyrank.schema import Schema
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Model(Schema):
+    """The base model: ``minilm`` (packaged), a local folder, or a hub id."""
+
+    name: str = PACKAGED
+    max_length: Annotated[int, Field(ge=4)] = 64
+    """Texts are cut to so many tokens."""
+
+
+class AdapterTable(Schema):
+    """The slot bank on the server."""
+
+    form: Form = "lora"
+    rank: Count = 8
+    """R, the slots of every module."""
+    scale: Annotated[float, Field(gt=0)] = 2.0
+    """Multiplies the product; PEFT's ``lora_alpha`` is scale x rank."""
+    targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
+
+
+class Evaluation(Schema):
+    """When and on what the global model is scored."""
+
+    every: Count = 1
+    """Rounds between two scorings on the test texts; the last round is always scored."""
+    batch_size: Count = 32
+    per_client: bool = False
+    """Score the final model on each client's own held-out texts too."""
+    holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of a client's texts kept aside when ``per_client`` is on."""
+
+
+class Embedded(Schema):
+    """All clients on this machine, in this process."""
+
+    kind: Literal["embedded"] = "embedded"
+    threads: Count = 1
+    """Threads of torch; the same number gives the same bits."""
+
+
+class Config(Schema):
+    """One run. ``Config()`` is the quick start; every key can be set by name."""
+
+    method: str = "fedit"
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Count = 6
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    model: Model = Model()
+    adapter: AdapterTable = AdapterTable()
+    data: Data = Data()
+    partition: Partition = Dirichlet()
+    training: Training = Training()
+    sampling: Sampling = SampleCount()
+    allocation: Allocation = Uniform()
+    aggregation: Aggregation = FedAvg()
+    evaluation: Evaluation = Evaluation()
+    engine: Embedded = Embedded()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_recipe(cls, given: Any) -> Any:
+        """Lay the given keys over the method's recipe, and give kindless tables their default kind."""
+        if not isinstance(given, Mapping):
+            return given
+        method = given.get("method", cls.model_fields["method"].default)
+        merged = merge(recipe(method).config, given)
+        for name, field in cls.model_fields.items():
+            kind = getattr(field.default, "kind", None)
+            if kind is not None and isinstance(merged.get(name), Mapping):
+                merged[name] = {"kind": kind, **merged[name]}
+        return merged
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        rank = self.allocation.rank
+        if rank is not None and rank > self.adapter.rank:
+            raise InputError("allocation.rank", rank, f"at most adapter.rank, {self.adapter.rank}")
+        return self
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``under``, table by table; a table of another ``kind`` replaces the whole."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            same_kind = value.get("kind", below.get("kind")) == below.get("kind")
+            merged[key] = merge(below, value) if same_kind else dict(value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_config(path: Path | None = None, settings: Sequence[str] = ()) -> Config:
+    """The config of a file (or the defaults) with ``key=value`` settings laid over it.
+
+    Raises: InputError, which names the key, the value and what is allowed.
+    """
+    given: Mapping[str, Any] = {} if path is None else _read_toml(path)
+    for setting in settings:
+        given = merge(given, _setting(setting))
+    return make_config(given)
+
+
+def make_config(given: Mapping[str, Any]) -> Config:
+    """Raises: InputError, which names the key, the value and what is allowed."""
+    try:
+        return Config.model_validate(dict(given))
+    except ValidationError as error:
+        raise _as_input_error(error) from None
+
+
+def _read_toml(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("CONFIG", str(path), f"cannot be read ({type(error).__name__})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("CONFIG", str(path), f"is not valid TOML ({error})") from error
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """``a.b=1`` as ``{"a": {"b": 1}}``; what is not a TOML value is a string."""
+    key, equals, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError("--set", text, "must look like key=value, e.g. training.learning_rate=1e-3")
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    for part in reversed(parts):
+        value = {part: value}
+    return typing.cast("dict[str, Any]", value)
+
+
+def _as_input_error(error: ValidationError) -> InputError:
+    """The first complaint of pydantic as one line."""
+    first = error.errors()[0]
+    keys, model = _walk(first["loc"])
+    key, value = ".".join(keys), first["input"]
+    match first["type"]:
+        case "extra_forbidden":
+            fields = model.model_fields if model is not None else ()
+            return InputError(key, value, f"unknown key; {choices(keys[-1], fields)}")
+        case "literal_error":
+            return InputError(key, value, f"must be {first['ctx']['expected']}")
+        case "union_tag_invalid":
+            tags = first["ctx"]["expected_tags"].replace("'", "").split(", ")
+            tag = first["ctx"]["tag"]
+            return InputError(f"{key}.kind", tag, choices(tag, tags))
+        case _:
+            message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            return InputError(key or "config", value, message)
+
+
+def _walk(loc: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
+    """The user's dotted key of an error, without union tags, and the table it stands in."""
+    keys: list[str] = []
+    model: type[BaseModel] | None = Config
+    options: list[type[BaseModel]] = []
+    for part in loc:
+        by_kind = {option.model_fields["kind"].default: option for option in options}
+        if part in by_kind:
+            model, options = by_kind[str(part)], []
+            continue
+        if not isinstance(part, int) and ("[" in part or part in ("str", "tuple")):
+            continue
+        keys.append(str(part))
+        field = model.model_fields.get(str(part)) if model is not None else None
+        if field is None:
+            continue
+        tables = _tables(field.annotation)
+        if len(tables) == 1:
+            model = tables[0]
+        options = [table for table in tables if "kind" in table.model_fields]
+    return keys, model
+
+
+def _tables(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [table for part in typing.get_args(annotation) for table in _tables(part)]
+    return []

@@ -1,0 +1,219 @@
+"""Reading texts from local files or a hub, with every defect told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from polyrank.data.docstrings import load_docstrings
+from polyrank.data.texts import Corpus, Data, Texts
+from polyrank.errors import InputError, choices
+from polyrank.seed import seed_for
+
+READABLE = (".csv", ".tsv", ".parquet", ".jsonl", ".json")
+
+
+def load_corpus(data: Data, seed: int, group: str | None = None) -> Corpus:
+    """The train and test texts that a config names.
+
+    Args:
+        seed: of the train/test split and of subsampling.
+        group: column with each example's natural owner, for a natural partition.
+
+    Raises:
+        InputError: a file or column is missing, a column has the wrong type, a label is unknown.
+    """
+    if data.source == "docstrings":
+        corpus = load_docstrings()
+        if group is not None:
+            raise InputError("partition.column", group, "the built-in docstrings have no such column")
+    else:
+        train, test = _tables(data)
+        names = data.labels or _label_names(train, data)
+        corpus = (
+            Corpus(_texts(train, data, names, group), _texts(test, data, names, None), names)
+            if test is not None
+            else _split(_texts(train, data, names, group), data, names, seed)
+        )
+    return Corpus(
+        _subsample(corpus.train, data.max_train, seed, "train"),
+        _subsample(corpus.test, data.max_test, seed, "test"),
+        corpus.label_names,
+    )
+
+
+def read_table(path: Path, key: str) -> pa.Table:
+    """One file as an Arrow table.
+
+    Raises: InputError when it is missing, of another kind, or broken.
+    """
+    if not path.is_file():
+        raise InputError(key, str(path), "no such file")
+    readers: dict[str, Any] = {
+        ".csv": pa.csv.read_csv,
+        ".tsv": lambda p: pa.csv.read_csv(p, parse_options=pa.csv.ParseOptions(delimiter="\t")),
+        ".parquet": pa.parquet.read_table,
+        ".jsonl": pa.json.read_json,
+        ".json": pa.json.read_json,
+    }
+    if path.suffix.lower() not in readers:
+        raise InputError(key, str(path), f"must end in {choices(path.suffix, READABLE)}")
+    options = pa.csv.ParseOptions(newlines_in_values=True)
+    try:
+        if path.suffix.lower() == ".csv":
+            return pa.csv.read_csv(path, parse_options=options)
+        return readers[path.suffix.lower()](path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(key, str(path), f"cannot be read as {path.suffix[1:]} ({reason})") from error
+
+
+def _tables(data: Data) -> tuple[pa.Table, pa.Table | None]:
+    if data.source.startswith("hub:"):
+        return _hub_tables(data)
+    path = Path(data.source)
+    if path.is_dir():
+        return (
+            read_table(_file_in(path, "train"), "data.source"),
+            read_table(_file_in(path, "test"), "data.source"),
+        )
+    if not path.exists():
+        allowed = "must be 'docstrings', 'hub:OWNER/NAME', or a file or folder that exists"
+        raise InputError("data.source", data.source, allowed)
+    test = None if data.test is None else read_table(Path(data.test), "data.test")
+    return read_table(path, "data.source"), test
+
+
+def _file_in(folder: Path, stem: str) -> Path:
+    for ending in READABLE:
+        if (folder / f"{stem}{ending}").is_file():
+            return folder / f"{stem}{ending}"
+    allowed = f"the folder holds no {stem} file ({', '.join(stem + e for e in READABLE)})"
+    raise InputError("data.source", str(folder), allowed)
+
+
+def _hub_tables(data: Data) -> tuple[pa.Table, pa.Table | None]:
+    from datasets import load_dataset
+
+    name = data.source.removeprefix("hub:")
+    try:
+        splits = load_dataset(name, data.subset)
+    except Exception as error:  # the library raises many kinds
+        reason = str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__
+        raise InputError("data.source", data.source, f"cannot be loaded ({reason})") from error
+    if "train" not in splits:
+        raise InputError("data.source", data.source, f"has no train split, only {list(splits)}")
+    test = next((splits[s] for s in ("test", "validation") if s in splits), None)
+    return _plain(splits["train"]), None if test is None else _plain(test)
+
+
+def _plain(split: Any) -> pa.Table:
+    """An Arrow table in which class labels stand by name, as the data set's features give them."""
+    table: pa.Table = split.with_format("arrow")[:]
+    for column, feature in split.features.items():
+        names = getattr(feature, "names", None)
+        if names:
+            values = pa.array([names[i] if 0 <= i < len(names) else None for i in split[column]])
+            table = table.set_column(table.column_names.index(column), column, values)
+    return table
+
+
+def _column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
+    if name not in table.column_names:
+        raise InputError(key, name, f"no such column; {choices(name, table.column_names)}")
+    column = table[name]
+    if isinstance(column.type, pa.DictionaryType):
+        column = pc.cast(column, column.type.value_type)
+    if len(column) == 0:
+        raise InputError(key, name, "the column is empty")
+    return column
+
+
+def _text_column(table: pa.Table, key: str, name: str) -> list[str]:
+    column = _column(table, key, name)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise InputError(key, name, f"must be a text column, but holds {column.type}")
+    return [text if text is not None else "" for text in column.to_pylist()]
+
+
+def _label_names(table: pa.Table, data: Data) -> tuple[str, ...]:
+    """Sorted names of a text column, or 0..largest of an integer column."""
+    column = _column(table, "data.label", data.label)
+    _refuse_missing(column, data)
+    if pa.types.is_integer(column.type):
+        low, high = pc.min(column).as_py(), pc.max(column).as_py()
+        if low < 0 or high > 9_999:
+            value = low if low < 0 else high
+            allowed = "label outside range; integer labels run from 0 to at most 9999"
+            raise InputError("data.label", value, allowed)
+        return tuple(str(index) for index in range(high + 1))
+    if pa.types.is_boolean(column.type):
+        return ("False", "True")
+    return tuple(sorted(str(value) for value in pc.unique(column).to_pylist()))
+
+
+def _refuse_missing(column: pa.ChunkedArray, data: Data) -> None:
+    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        allowed = f"labels must be whole numbers or text, but the column holds {column.type}"
+        raise InputError("data.label", data.label, allowed)
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise InputError("data.label", data.label, f"row {row} has no label")
+
+
+def _labels(table: pa.Table, data: Data, names: Sequence[str]) -> list[int]:
+    column = _column(table, "data.label", data.label)
+    _refuse_missing(column, data)
+    values: list[Any] = column.to_pylist()
+    if pa.types.is_integer(column.type) and not set(map(str, values)) <= set(names):
+        bad = next((v for v in values if not 0 <= v < len(names)), None)
+        if bad is not None:
+            allowed = f"label outside range; {len(names)} labels, so 0 to {len(names) - 1}"
+            raise InputError("data.label", bad, allowed)
+        return values
+    index = {name: position for position, name in enumerate(names)}
+    for value in values:
+        if str(value) not in index:
+            raise InputError("data.label", value, f"unknown label; {choices(value, names)}")
+    return [index[str(value)] for value in values]
+
+
+def _texts(table: pa.Table, data: Data, names: Sequence[str], group: str | None) -> Texts:
+    columns = [_text_column(table, "data.text", name) for name in data.text_columns]
+    groups = None
+    if group is not None:
+        groups = [str(g) for g in _column(table, "partition.column", group).to_pylist()]
+    pairs = columns[1] if len(columns) == 2 else None
+    return Texts(columns[0], pairs, _labels(table, data, names), groups)
+
+
+def _split(texts: Texts, data: Data, names: Sequence[str], seed: int) -> Corpus:
+    """Keep ``test_share`` of each label aside for testing."""
+    draw = np.random.default_rng(seed_for(seed, "test split"))
+    labels = np.asarray(texts.labels)
+    is_test = np.zeros(len(texts), dtype=bool)
+    for label in np.unique(labels):
+        rows = draw.permutation(np.flatnonzero(labels == label))
+        is_test[rows[: round(data.test_share * len(rows))]] = True
+    if not is_test.any() or is_test.all():
+        raise InputError(
+            "data.test_share", data.test_share, f"leaves train or test empty ({len(texts)} texts)"
+        )
+    train, test = np.flatnonzero(~is_test).tolist(), np.flatnonzero(is_test).tolist()
+    return Corpus(texts.select(train), texts.select(test), names)
+
+
+def _subsample(texts: Texts, limit: int | None, seed: int, which: str) -> Texts:
+    if limit is None or limit >= len(texts):
+        return texts
+    draw = np.random.default_rng(seed_for(seed, "subsample", which))
+    return texts.select(sorted(draw.permutation(len(texts))[:limit].tolist()))

@@ -1,0 +1,77 @@
+"""Labelled texts in memory, and the config table that says where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from polyrank.schema import Schema
+
+TextColumns = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+
+
+class Data(Schema):
+    """Where the texts come from.
+
+    ``source`` is ``docstrings`` (built in), a local .csv, .tsv, .parquet or .jsonl file, a folder
+    with ``train.*`` and ``test.*``, or ``hub:OWNER/NAME``.
+    """
+
+    source: str = "docstrings"
+    subset: str | None = None
+    """Configuration of a hub data set, where it has several."""
+    test: str | None = None
+    """A file of test texts; without one, ``test_share`` of the source is kept aside."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    text: TextColumns | str = ("text",)
+    """One text column, or two for a pair of texts."""
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    """Label names in order; without it, they are found in the data."""
+    max_train: Annotated[int, Field(ge=1)] | None = None
+    max_test: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Some labelled texts.
+
+    Args:
+        texts: the first (or only) text of each example.
+        pairs: the second text of each example, or None.
+        labels: index into the label names, by example.
+        groups: natural owner of each example (a site, an author), or None.
+    """
+
+    texts: Sequence[str]
+    pairs: Sequence[str] | None
+    labels: Sequence[int]
+    groups: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Sequence[int]) -> Texts:
+        """The examples at these row numbers, in this order."""
+        return Texts(
+            [self.texts[row] for row in rows],
+            None if self.pairs is None else [self.pairs[row] for row in rows],
+            [self.labels[row] for row in rows],
+            None if self.groups is None else [self.groups[row] for row in rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Train and test texts with the names of their labels."""
+
+    train: Texts
+    test: Texts
+    label_names: Sequence[str]

@@ -1,0 +1,91 @@
+"""Texts as token ids, and batches padded to their own longest text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyrank.data.texts import Texts
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Encoded examples of unequal length, one after the other.
+
+    Args:
+        ids: all token ids in one row, [sum T].
+        types: token type ids of the same shape, or None.
+        starts: where each example starts, and the end of the last, [B + 1].
+        labels: [B].
+        pad_id: fills a batch up to its longest example.
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    types: np.ndarray[Any, np.dtype[np.int8]] | None
+    starts: np.ndarray[Any, np.dtype[np.int64]]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.diff(self.starts)
+
+    def select(self, rows: Sequence[int]) -> Tokens:
+        """The examples at these row numbers, in this order."""
+        lengths = self.lengths[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        spans = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
+        where = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+        types = None if self.types is None else self.types[where]
+        return Tokens(self.ids[where], types, starts, self.labels[rows], self.pad_id)
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Model inputs [B, T] padded on the right to the longest of ``rows``, and labels [B]."""
+        longest = int(self.lengths[rows].max())
+        ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
+        types = np.zeros_like(ids)
+        seen = np.zeros_like(ids)
+        for line, row in enumerate(rows):
+            span = slice(self.starts[row], self.starts[row + 1])
+            length = span.stop - span.start
+            ids[line, :length] = self.ids[span]
+            seen[line, :length] = 1
+            if self.types is not None:
+                types[line, :length] = self.types[span]
+        inputs = {"input_ids": ids, "attention_mask": seen}
+        if self.types is not None:
+            inputs["token_type_ids"] = types
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        return tensors, torch.from_numpy(self.labels[rows]).to(device)
+
+
+def tokenize(texts: Texts, tokenizer: Any, max_length: int) -> Tokens:
+    """Encode all texts, each cut to ``max_length`` tokens."""
+    limit = min(max_length, tokenizer.model_max_length)
+    encoded = tokenizer(
+        list(texts.texts),
+        None if texts.pairs is None else list(texts.pairs),
+        truncation=True,
+        max_length=limit,
+        padding=False,
+    )
+    rows = encoded["input_ids"]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    types = None
+    if texts.pairs is not None and "token_type_ids" in encoded:
+        types = np.concatenate([np.asarray(row, dtype=np.int8) for row in encoded["token_type_ids"]])
+    return Tokens(
+        np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]),
+        types,
+        starts.astype(np.int64),
+        np.asarray(texts.labels, dtype=np.int64),
+        int(tokenizer.pad_token_id),
+    )

@@ -1,0 +1,1 @@
+"""Engines carry bytes between the server and its clients, and know no message."""

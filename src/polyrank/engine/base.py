@@ -1,0 +1,44 @@
+"""The one interface every engine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from polyrank.messages import ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client that can be asked for work."""
+
+    id: ClientId
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back from one client: a payload, or the reason why there is none.
+
+    Args:
+        wall_s: measured seconds from the request to the answer.
+        error: one line; None when there is a payload.
+    """
+
+    client: ClientId
+    payload: bytes | None
+    wall_s: float
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Carries requests to clients and answers back."""
+
+    def clients(self) -> Sequence[Client]:
+        """The population, in a fixed order."""
+        ...
+
+    def exchange(self, requests: Mapping[ClientId, bytes]) -> Iterator[Answer]:
+        """One answer per request, in any order. A failed client is an answer, never an exception."""
+        ...

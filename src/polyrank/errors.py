@@ -1,0 +1,40 @@
+"""The two ways a run stops: what the user wrote, and what happened while it ran."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: the key, the value found there and what is allowed.
+
+    Args:
+        key: dotted config key or the thing that was named, e.g. ``data.text``.
+        value: what was found.
+        allowed: what may stand there, as a phrase, e.g. ``"one of: title, body"``.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        self.key = key
+        self.value = value
+        self.allowed = " ".join(allowed.split())
+        super().__init__(f"{key} = {_short(value)}: {self.allowed}")
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, e.g. every client of a round failed."""
+
+
+def choices(value: object, options: Iterable[str]) -> str:
+    """The phrase ``one of: a, b, c``, led by the nearest option when one is close."""
+    listed = list(options)
+    near = difflib.get_close_matches(str(value), listed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
+    return f"{hint}one of: {shown}"
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

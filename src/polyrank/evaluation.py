@@ -1,0 +1,86 @@
+"""How good a model is on labelled texts: loss, accuracy, macro-F1."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polyrank.adapter import Adapter, Head
+from polyrank.data.tokens import Tokens
+from polyrank.lowrank import installed
+from polyrank.models.load import BaseModel, write_head
+
+
+def evaluate(
+    model: BaseModel, adapter: Adapter, head: Head, data: Tokens, batch_size: int
+) -> dict[str, float]:
+    """Scores of base model + adapter + head on some examples."""
+    write_head(model, head)
+    with installed(model.network, adapter):
+        logits = predict(model, data, batch_size)
+    return scores(logits, torch.from_numpy(data.labels))
+
+
+def predict(model: BaseModel, data: Tokens, batch_size: int) -> Tensor:
+    """Logits [B, classes] on the CPU, in the order of the examples.
+
+    Examples of similar length share a batch, so that little is padded.
+    """
+    order = np.argsort(data.lengths, kind="stable")
+    logits: Tensor | None = None
+    with torch.inference_mode(), precision(model.device):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs, _ = data.batch(rows.tolist(), model.device)
+            batch = model.network(**inputs).logits.float().cpu()
+            if logits is None:
+                logits = torch.empty(len(order), batch.shape[1])
+            logits[torch.from_numpy(rows)] = batch
+    assert logits is not None, "there are no examples to score"
+    return logits.clone()
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean cross-entropy, accuracy and macro-F1.
+
+    Macro-F1 is the mean over all classes that occur as a label or a prediction, as in scikit-learn.
+
+    Args:
+        logits: [B, classes].
+        labels: [B].
+    """
+    guess = logits.argmax(dim=1)
+    loss = F.cross_entropy(logits, labels).item()
+    return {
+        "loss": loss,
+        "accuracy": (guess == labels).float().mean().item(),
+        "macro_f1": _macro_f1(labels.numpy(), guess.numpy(), logits.shape[1]),
+    }
+
+
+def majority_rate(labels: Any, num_labels: int) -> float:
+    """Accuracy of always answering the most frequent label."""
+    return float(np.bincount(labels, minlength=num_labels).max() / len(labels))
+
+
+@contextlib.contextmanager
+def precision(device: torch.device) -> Iterator[None]:
+    """bf16 autocast on CUDA; full precision elsewhere."""
+    if device.type == "cuda":
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def _macro_f1(labels: Any, guess: Any, num_labels: int) -> float:
+    confusion = np.bincount(labels * num_labels + guess, minlength=num_labels**2)
+    confusion = confusion.reshape(num_labels, num_labels)
+    hits, either = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+    return float((2 * hits[either > 0] / either[either > 0]).mean())

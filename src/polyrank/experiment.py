@@ -1,0 +1,195 @@
+"""A whole run: prepare the federation, go round by round, leave a run folder behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyrank.adapter import full_mask, new_adapter, restrict
+from polyrank.checkpoint import STATE_FILE, save_state
+from polyrank.client import ClientEnv
+from polyrank.config import Config
+from polyrank.data.partition import ClientRows, Natural, share_out
+from polyrank.data.source import load_corpus
+from polyrank.data.texts import Corpus
+from polyrank.data.tokens import Tokens, tokenize
+from polyrank.engine.embedded import EmbeddedEngine
+from polyrank.evaluation import evaluate, majority_rate
+from polyrank.export import adapter_sha256, export_adapter
+from polyrank.ledger import (
+    RunFolder,
+    client_rows,
+    create_run_folder,
+    partition_table,
+    round_row,
+    score_rows,
+    versions,
+)
+from polyrank.models.load import BaseModel, load_base, pick_device, read_head
+from polyrank.models.targets import resolve_targets
+from polyrank.report import write_report
+from polyrank.round import Federation, evaluate_clients, federated_round
+from polyrank.state import ServerState
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A federation that is ready to run, with what the server keeps for itself."""
+
+    config: Config
+    corpus: Corpus
+    clients: list[ClientRows]
+    model: BaseModel
+    test: Tokens
+    federation: Federation
+    start: ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run: its folder and the keys of its summary.json."""
+
+    path: Path
+    summary: Mapping[str, Any]
+
+
+def run(config: Config | None = None, out: str | Path | None = None) -> Result:
+    """Run one config from start to end.
+
+    Args:
+        out: a folder that does not exist yet; without one, ``runs/METHOD-DATA-N``.
+
+    Raises:
+        InputError: the config, the data or the model cannot be used; nothing was overwritten.
+        RunError: the run cannot go on.
+    """
+    experiment = prepare(config or Config())
+    folder = open_folder(experiment, None if out is None else Path(out))
+    rows = list(conduct(experiment, folder))
+    return Result(folder.path, rows[-1])
+
+
+def prepare(config: Config) -> Experiment:
+    """Load data and model, share the data out, and set the federation up."""
+    torch.set_num_threads(config.engine.threads)
+    device = pick_device(config.device)
+    group = config.partition.column if isinstance(config.partition, Natural) else None
+    corpus = load_corpus(config.data, config.seed, group)
+    aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
+    clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
+    model = load_base(config.model.name, corpus.label_names, config.seed, device)
+    shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
+    adapter = new_adapter(
+        shapes,
+        form=config.adapter.form,
+        rank=config.adapter.rank,
+        scale=config.adapter.scale,
+        seed=config.seed,
+    )
+    encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    environments = {
+        rows.client: ClientEnv(
+            model,
+            encoded.select(rows.train),
+            encoded.select(rows.holdout) if rows.holdout else None,
+        )
+        for rows in clients
+    }
+    federation = Federation(
+        engine=EmbeddedEngine(environments),
+        sampling=config.sampling,
+        allocation=config.allocation,
+        aggregation=config.aggregation,
+        training=config.training,
+        rounds=config.rounds,
+    )
+    test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
+    start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model))
+    return Experiment(config, corpus, clients, model, test, federation, start)
+
+
+def open_folder(experiment: Experiment, out: Path | None) -> RunFolder:
+    """Make the run folder and write down everything that is known before the first round."""
+    config = experiment.config
+    source = "hub" if config.data.source.startswith("hub:") else Path(config.data.source).stem
+    folder = create_run_folder(out, f"{config.method}-{source}")
+    folder.write("config.json", config.model_dump(mode="json"))
+    folder.write("versions.json", versions())
+    folder.write("partition.json", partition_table(experiment.corpus, experiment.clients))
+    return folder
+
+
+def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """Run all rounds; yields each round's row as it is written, then the summary."""
+    started = time.perf_counter()
+    state, config = experiment.start, experiment.config
+    rows: list[dict[str, Any]] = []
+    for round_ in range(config.rounds):
+        state, record = federated_round(experiment.federation, state)
+        due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
+        scores = evaluate_global(experiment, state) if due else None
+        rows.append(round_row(record, scores))
+        folder.append("rounds.jsonl", rows[-1:])
+        folder.append("clients.jsonl", client_rows(record))
+        yield rows[-1]
+    yield finish(experiment, folder, state, rows, started)
+
+
+def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:
+    """Scores of the global model on the test texts."""
+    adapter = restrict(state.adapter, state.active)
+    size = experiment.config.evaluation.batch_size
+    return evaluate(experiment.model, adapter, state.head, experiment.test, size)
+
+
+def finish(
+    experiment: Experiment,
+    folder: RunFolder,
+    state: ServerState,
+    rows: list[dict[str, Any]],
+    started: float,
+) -> dict[str, Any]:
+    """Save the state, export the adapter, write summary and report; returns the summary."""
+    config, last = experiment.config, rows[-1]
+    save_state(state, folder.path / STATE_FILE)
+    export_adapter(experiment.model, state, folder.path / "adapter")
+    summary = {
+        "method": config.method,
+        "seed": config.seed,
+        "rounds": len(rows),
+        "test_accuracy": last["test_accuracy"],
+        "test_macro_f1": last["test_macro_f1"],
+        "test_loss": last["test_loss"],
+        "majority_rate": majority_rate(experiment.test.labels, len(experiment.corpus.label_names)),
+        "steps": sum(row["steps"] for row in rows),
+        "failed": sum(row["failed"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+    }
+    if config.evaluation.per_client:
+        summary |= _score_clients(experiment, folder, state)
+    summary["adapter_sha256"] = adapter_sha256(folder.path / "adapter")
+    summary["wall_s"] = time.perf_counter() - started
+    folder.write("summary.json", summary)
+    write_report(folder)
+    return summary
+
+
+def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState) -> dict[str, float]:
+    """Per-client evaluation: a row per client, and the mean and worst accuracy for the summary."""
+    size = experiment.config.evaluation.batch_size
+    evaluation = evaluate_clients(experiment.federation, state, size)
+    scores = evaluation.scores
+    folder.append("client_scores.jsonl", score_rows(scores))
+    accuracies = [s.metrics["accuracy"] for s in scores]
+    return {
+        "client_accuracy_mean": sum(accuracies) / len(accuracies),
+        "client_accuracy_min": min(accuracies),
+        "evaluation_bytes_down": evaluation.bytes_down,
+        "evaluation_bytes_up": evaluation.bytes_up,
+    }

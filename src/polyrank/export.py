@@ -1,0 +1,129 @@
+"""Adapters that PEFT loads, and plain transformers models with the adapter folded in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from polyrank.adapter import Adapter, restrict
+from polyrank.checkpoint import STATE_FILE, load_state
+from polyrank.config import Config, make_config
+from polyrank.errors import InputError
+from polyrank.ledger import RunFolder
+from polyrank.lowrank import fold
+from polyrank.models.load import BaseModel, load_base, pick_device, write_head
+from polyrank.state import ServerState
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def export_adapter(model: BaseModel, state: ServerState, path: Path) -> None:
+    """Write the active slots and the head in PEFT's format.
+
+    e is folded into A, and ``alpha_pattern`` is scale x rank, so that PEFT's ``alpha / r`` is the
+    module's scale at every rank. Modules without active slots are absent.
+    """
+    path.mkdir()
+    adapter = restrict(state.adapter, state.active)
+    save_file(peft_tensors(adapter, state), path / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = peft_config(model, adapter)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    (path / "README.md").write_text(_card(model, adapter), encoding="utf-8")
+
+
+def export_run(run: Path, out: Path, *, merged: bool) -> Path:
+    """Export a finished run again: its adapter, or the whole model with the adapter folded in.
+
+    Raises: InputError when the run is not finished or ``out`` exists.
+    """
+    if out.exists():
+        raise InputError("--out", str(out), "exists already; name a new folder, nothing was overwritten")
+    folder = RunFolder(run)
+    config, labels = read_config(folder), folder.read("partition.json")["labels"]
+    state = load_state(run / STATE_FILE)
+    model = load_base(config.model.name, labels, config.seed, pick_device("cpu"))
+    if not merged:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        export_adapter(model, state, out)
+        return out
+    write_head(model, state.head)
+    fold(model.network, restrict(state.adapter, state.active))
+    model.network.save_pretrained(out)
+    model.tokenizer.save_pretrained(out)
+    return out
+
+
+def read_config(folder: RunFolder) -> Config:
+    """The resolved config that a run folder keeps."""
+    return make_config(folder.read("config.json"))
+
+
+def adapter_sha256(path: Path) -> str:
+    """Fingerprint of the exported weights."""
+    return hashlib.sha256((path / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+
+def peft_tensors(adapter: Adapter, state: ServerState) -> dict[str, Tensor]:
+    """The adapter and head under the names PEFT gives them."""
+    tensors = {}
+    for name, factors in adapter.modules.items():
+        A = factors.A if factors.e is None else factors.e[:, None] * factors.A
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.B.contiguous()
+    return tensors | {f"base_model.model.{name}": value for name, value in state.head.items()}
+
+
+def peft_config(model: BaseModel, adapter: Adapter) -> dict[str, Any]:
+    """``adapter_config.json`` as a plain dict, the same bytes every time."""
+    ranks = {name: factors.rank for name, factors in adapter.modules.items()}
+    alphas = {name: factors.scale * factors.rank for name, factors in adapter.modules.items()}
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    conv1d = any(isinstance(model.network.get_submodule(name), Conv1D) for name in ranks)
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        base_model_name_or_path=model.source,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+        modules_to_save=list(model.head_modules),
+        fan_in_fan_out=conv1d,
+        inference_mode=True,
+    ).to_dict()
+    return {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+
+
+def _most_common(values: dict[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _card(model: BaseModel, adapter: Adapter) -> str:
+    labels = model.network.config.id2label
+    ranks = sorted({factors.rank for factors in adapter.modules.values()})
+    return f"""---
+library_name: peft
+base_model: {model.source}
+tags: [polyrank, lora, federated]
+---
+# Low-rank adapter, fine-tuned across devices with polyrank
+
+Form `{adapter.form}`, {len(adapter.modules)} modules, ranks {ranks}, labels: {", ".join(labels.values())}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("{model.source}", num_labels={len(labels)})
+model = PeftModel.from_pretrained(base, "path/of/this/folder")
+```
+"""

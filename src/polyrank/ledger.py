@@ -1,0 +1,192 @@
+"""The run folder: who may write it, and the rows that a run leaves in it.
+
+    config.json      the resolved config          rounds.jsonl    one row per round
+    versions.json    python, packages, commit     clients.jsonl   one row per client and round
+    partition.json   sizes and label counts       summary.json    the result in one table
+    state.safetensors, adapter/, report.html
+
+Measured seconds end in ``wall_s``; everything else in rounds.jsonl is the same for the same config and
+seed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyrank.data.partition import ClientRows, label_counts
+from polyrank.data.texts import Corpus
+from polyrank.errors import InputError
+from polyrank.messages import ClientScores
+from polyrank.round import RoundRecord
+
+_TRACKED = (
+    "polyrank",
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "datasets",
+    "flwr-datasets",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """An existing folder that belongs to one run."""
+
+    path: Path
+
+    def write(self, name: str, content: Any) -> None:
+        """A JSON file, readable by people."""
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        (self.path / name).write_text(text + "\n", encoding="utf-8")
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One JSON row per line."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+    def read(self, name: str) -> Any:
+        """Raises: InputError when the file is not there or is not JSON."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            allowed = f"is not a finished run folder ({name}: {type(error).__name__})"
+            raise InputError("RUN", str(self.path), allowed) from error
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """All rows of a .jsonl file; none when the file is not there."""
+        if not (self.path / name).exists():
+            return []
+        lines = (self.path / name).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def create_run_folder(out: Path | None, stem: str) -> RunFolder:
+    """A new folder: ``out``, or the first free ``runs/STEM-N``.
+
+    Raises: InputError when ``out`` exists already; nothing in it is touched.
+    """
+    if out is not None:
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            allowed = "exists already; name a new folder, nothing was overwritten"
+            raise InputError("--out", str(out), allowed) from None
+        except OSError as error:
+            raise InputError("--out", str(out), f"cannot be made ({error.strerror})") from error
+        return RunFolder(out)
+    number = 1
+    while True:
+        path = Path("runs") / f"{stem}-{number}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return RunFolder(path)
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on besides the config: python, packages, machine, commit."""
+    packages = {}
+    for name in _TRACKED:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "packages": packages,
+        "commit": source_commit(),
+    }
+
+
+def source_commit() -> str | None:
+    """The git commit polyrank runs from, with ``+changes`` where files differ; None outside git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "ledger.py"):
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def partition_table(corpus: Corpus, clients: Sequence[ClientRows]) -> dict[str, Any]:
+    """Sizes and label counts of every client and of the test texts."""
+    count = len(corpus.label_names)
+    return {
+        "labels": list(corpus.label_names),
+        "clients": [
+            {
+                "client": client.client,
+                "num_train": len(client.train),
+                "num_holdout": len(client.holdout),
+                "label_counts": label_counts(corpus.train, client.train, count),
+            }
+            for client in clients
+        ],
+        "num_test": len(corpus.test),
+        "test_label_counts": label_counts(corpus.test, range(len(corpus.test)), count),
+    }
+
+
+def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[str, Any]:
+    """One line of rounds.jsonl; test scores only in rounds that were scored."""
+    replies = record.replies
+    row = {
+        "round": record.round,
+        "cohort": len(replies),
+        "failed": sum(reply.update is None for reply in replies),
+        "train_loss": record.train_loss,
+        "learning_rate": record.learning_rate,
+        "steps": sum(int(update.metrics["steps"]) for update in record.updates),
+        "bytes_down": sum(reply.bytes_down for reply in replies),
+        "bytes_up": sum(reply.bytes_up for reply in replies),
+        "client_wall_s": sum(reply.wall_s for reply in replies),
+    }
+    return row | {f"test_{name}": value for name, value in (scores or {}).items()}
+
+
+def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
+    """The lines of clients.jsonl of one round."""
+    return [
+        {
+            "round": record.round,
+            "client": reply.client,
+            "slots": reply.slots,
+            "num_examples": reply.update.num_examples if reply.update else None,
+            "metrics": dict(reply.update.metrics) if reply.update else None,
+            "bytes_down": reply.bytes_down,
+            "bytes_up": reply.bytes_up,
+            "error": reply.error,
+            "wall_s": reply.wall_s,
+        }
+        for reply in record.replies
+    ]
+
+
+def score_rows(scores: Sequence[ClientScores]) -> list[dict[str, Any]]:
+    """The lines of client_scores.jsonl."""
+    return [
+        {"client": s.client, "num_examples": s.num_examples, **s.metrics}
+        for s in sorted(scores, key=lambda s: s.client)
+    ]

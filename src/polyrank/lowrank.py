@@ -1,0 +1,89 @@
+"""The low-rank layer, installing it into a base model and folding it away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from polyrank.adapter import Adapter, Factors, delta_weight
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear map plus a trainable low-rank update.
+
+        y = base(x) + scale * B (e * (A dropout(x)))
+
+    Equal to PEFT's LoRA layer in output and gradients for form ``lora``.
+    Shapes: x [..., I], y [..., O]; B [O, r], e [r], A [r, I].
+    """
+
+    B: nn.Parameter
+    A: nn.Parameter
+    e: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, factors: Factors, dropout: float, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = factors.scale
+        self.dropout = nn.Dropout(dropout)
+        for name in ("B", "e", "A"):
+            value = factors.tensors().get(name)
+            copy = None if value is None else nn.Parameter(value.detach().clone().to(device))
+            self.register_parameter(name, copy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = F.linear(self.dropout(x), self.A)
+        if self.e is not None:
+            held = held * self.e
+        update: Tensor = self.base(x) + self.scale * F.linear(held, self.B)
+        return update
+
+    def factors(self) -> Factors:
+        """A copy of the factors on the CPU."""
+        e = None if self.e is None else self.e.detach().cpu().clone()
+        return Factors(self.B.detach().cpu().clone(), self.A.detach().cpu().clone(), self.scale, e)
+
+
+@contextlib.contextmanager
+def installed(
+    network: nn.Module, adapter: Adapter, dropout: float = 0.0
+) -> Iterator[Mapping[str, LowRankLinear]]:
+    """The network with the adapter in place of the maps it adapts; taken out again at the end.
+
+    Modules that the adapter does not name keep their plain map: no matmul, no gradient, no memory.
+
+    Raises:
+        KeyError: the adapter names a module that the network does not have.
+    """
+    bases = {name: network.get_submodule(name) for name in adapter.modules}
+    layers = {}
+    try:
+        for name, factors in adapter.modules.items():
+            device = next(bases[name].parameters()).device
+            layers[name] = LowRankLinear(bases[name], factors, dropout, device)
+            network.set_submodule(name, layers[name])
+        yield layers
+    finally:
+        for name, base in bases.items():
+            network.set_submodule(name, base)
+
+
+def read_adapter(layers: Mapping[str, LowRankLinear], like: Adapter) -> Adapter:
+    """The adapter as it is in the layers now."""
+    return Adapter(like.form, {name: layer.factors() for name, layer in layers.items()})
+
+
+def fold(network: nn.Module, adapter: Adapter) -> None:
+    """Add the adapter's product to the frozen weights, for good."""
+    with torch.no_grad():
+        for name, factors in adapter.modules.items():
+            module = network.get_submodule(name)
+            delta = delta_weight(factors)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.add_((delta.T if isinstance(module, Conv1D) else delta).to(weight.device))

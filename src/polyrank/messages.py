@@ -1,0 +1,99 @@
+"""What travels: tasks go down to a client, updates and scores come up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from polyrank.adapter import Adapter, Head, RankMask
+from polyrank.schema import Schema
+
+ClientId = str
+
+
+class Training(Schema):
+    """Local training of one client in one round.
+
+    ``learning_rate`` is the peak value; `round.py` sends the value of the round in its place.
+    With neither ``local_steps`` nor ``local_epochs`` a client makes one pass over its data.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    local_steps: Annotated[int, Field(ge=1)] | None = None
+    local_epochs: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm over all trained tensors; 0 turns clipping off."""
+    adapter_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    base_dropout: bool = False
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("set local_steps or local_epochs, not both")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTask:
+    """Train the held slots and the head on the client's data.
+
+    Args:
+        seed: of everything random in this session (batch order, dropout).
+        mask: which slots of the bank the adapter's slots are.
+        adapter: the held slots only.
+    """
+
+    round: int
+    client: ClientId
+    seed: int
+    mask: RankMask
+    adapter: Adapter
+    head: Head
+    training: Training
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateTask:
+    """Score the adapter and head on the client's held-out examples."""
+
+    round: int
+    client: ClientId
+    mask: RankMask
+    adapter: Adapter
+    head: Head
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """What a client learned: its slots and head after training, of the shapes it was sent."""
+
+    round: int
+    client: ClientId
+    mask: RankMask
+    adapter: Adapter
+    head: Head
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientScores:
+    """A client's scores on its held-out examples (loss, accuracy, macro_f1)."""
+
+    round: int
+    client: ClientId
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+Task = TrainTask | EvaluateTask

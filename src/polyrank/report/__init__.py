@@ -1,0 +1,90 @@
+"""report.html: one self-contained page about a run, made from its folder alone."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from polyrank.ledger import RunFolder
+from polyrank.report.figures import bars, curve, label_histogram
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write ``report.html`` beside the files it is made from.
+
+    Raises: InputError when the folder does not hold a finished run.
+    """
+    rows = folder.read_rows("rounds.jsonl")
+    summary, partition = folder.read("summary.json"), folder.read("partition.json")
+    scored = [row for row in rows if "test_accuracy" in row]
+    rounds = [row["round"] + 1 for row in rows]
+    scored_rounds = [row["round"] + 1 for row in scored]
+    figures = {
+        "Test accuracy and macro-F1": curve(
+            "round",
+            {
+                "accuracy": (scored_rounds, [row["test_accuracy"] for row in scored]),
+                "macro-F1": (scored_rounds, [row["test_macro_f1"] for row in scored]),
+            },
+            level=("majority class", summary["majority_rate"]),
+        ),
+        "Loss": curve(
+            "round",
+            {
+                "train": (rounds, [row["train_loss"] for row in rows]),
+                "test": (scored_rounds, [row["test_loss"] for row in scored]),
+            },
+        ),
+        "Megabytes per round": bars(
+            "round",
+            rounds,
+            {
+                "down": [row["bytes_down"] / 1e6 for row in rows],
+                "up": [row["bytes_up"] / 1e6 for row in rows],
+            },
+        ),
+        "Labels on each client": label_histogram(
+            [client["client"] for client in partition["clients"]],
+            partition["labels"],
+            [client["label_counts"] for client in partition["clients"]],
+        ),
+    }
+    page = _template().render(
+        summary=summary,
+        headline=_headline(summary),
+        figures=figures,
+        config=_flat(folder.read("config.json")),
+        versions=_flat(folder.read("versions.json")),
+        num_clients=len(partition["clients"]),
+    )
+    (folder.path / "report.html").write_text(page, encoding="utf-8")
+
+
+def _headline(summary: dict[str, Any]) -> dict[str, str]:
+    megabytes = (summary["bytes_down"] + summary["bytes_up"]) / 1e6
+    return {
+        "test accuracy": f"{summary['test_accuracy']:.1%}",
+        "macro-F1": f"{summary['test_macro_f1']:.3f}",
+        "majority class": f"{summary['majority_rate']:.1%}",
+        "rounds": str(summary["rounds"]),
+        "traffic": f"{megabytes:.1f} MB",
+        "wall time": f"{summary['wall_s']:.0f} s",
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = "" if value is None else str(value)
+    return flat
+
+
+def _template() -> Any:
+    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(source)

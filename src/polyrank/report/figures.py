@@ -1,0 +1,118 @@
+"""Figures as inline SVG whose colours follow the page, light or dark.
+
+Matplotlib draws with stand-in colours; each is then replaced by a CSS variable of the page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, GRID = "#010203", "#010204"
+SERIES = [f"#0102{10 + index:02x}" for index in range(8)]
+_VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"} | {
+    colour: f"var(--s{index})" for index, colour in enumerate(SERIES)
+}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "polyrank",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+def curve(x_label: str, lines: Mapping[str, Line], level: tuple[str, float] | None = None) -> Markup:
+    """Lines by name, each (x, y); ``level`` is a dashed horizontal line with its name."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(x_label)
+        for (name, (x, y)), colour in zip(lines.items(), SERIES, strict=False):
+            axes.plot(x, y, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.8)
+        if level is not None:
+            axes.axhline(level[1], color=INK, linestyle="--", linewidth=1, label=level[0])
+        _integer_ticks(axes)
+        return _svg(figure, axes)
+
+
+def bars(x_label: str, x: Sequence[float], stacks: Mapping[str, Sequence[float]]) -> Markup:
+    """Stacked bars, one stack part per name."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(x_label)
+        bottom = [0.0] * len(x)
+        for (name, heights), colour in zip(stacks.items(), SERIES, strict=False):
+            axes.bar(x, heights, bottom=bottom, color=colour, label=name, width=0.7)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        _integer_ticks(axes)
+        return _svg(figure, axes)
+
+
+def label_histogram(
+    clients: Sequence[str], labels: Sequence[str], counts: Sequence[Sequence[int]], most: int = 60
+) -> Markup:
+    """A bar per client, divided by label; at most ``most`` clients are drawn.
+
+    With more labels than colours, neighbours in label order share one.
+    """
+    shown = list(range(min(len(clients), most)))
+    group = -(-len(labels) // len(SERIES))
+    with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(6.4, 0.7 + 0.2 * len(shown)))
+        axes = figure.add_subplot()
+        left = [0] * len(shown)
+        for index, first in enumerate(range(0, len(labels), group)):
+            widths = [sum(counts[row][first : first + group]) for row in shown]
+            last = min(first + group, len(labels)) - 1
+            name = labels[first] if group == 1 else f"{labels[first]} .. {labels[last]}"
+            axes.barh(shown, widths, left=left, color=SERIES[index], label=name, height=0.75)
+            left = [low + width for low, width in zip(left, widths, strict=True)]
+        axes.set_yticks(shown, [clients[row][:24] for row in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("train texts")
+        return _svg(figure, axes)
+
+
+def _axes(x_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    return figure, axes
+
+
+def _integer_ticks(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _svg(figure: Figure, axes: Axes) -> Markup:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper left", ncols=4, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.93 - 0.02 * max(0, (len(names) - 1) // 4)))
+    target = io.StringIO()
+    figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
+    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return Markup(text)

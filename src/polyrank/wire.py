@@ -1,0 +1,256 @@
+"""Messages as bytes: the only codec, and the only place where a message gets its size.
+
+A message is one safetensors buffer. Numbers travel as three flat tensors, meaning as one JSON text:
+
+    adapter   float32   B, e, A of each held module, module after module
+    head      float32   the head's parameters
+    mask      uint8     one bit per slot of the bank
+    "polyrank" in the metadata: kind, round, client, shapes, training settings
+
+A task carries the shapes. An update carries none: its schema is that of the task it answers, so a
+reply of any other size is refused before it is read. Flat tensors keep the overhead at about
+60 bytes a module. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from polyrank.adapter import Adapter, Factors, RankMask
+from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Task, Training, TrainTask
+
+FORMAT = 1
+_METADATA = "polyrank"
+
+
+class WireError(ValueError):
+    """Bytes that are not the message that was expected."""
+
+
+# --- tasks: server to client -----------------------------------------------------------------
+
+
+def encode_task(task: Task) -> bytes:
+    """The task as bytes; equal tasks give equal bytes."""
+    meaning: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "train" if isinstance(task, TrainTask) else "evaluate",
+        "round": task.round,
+        "client": task.client,
+        "form": task.adapter.form,
+        "modules": _module_table(task.adapter, task.mask),
+        "head": [[name, list(t.shape)] for name, t in task.head.items()],
+    }
+    if isinstance(task, TrainTask):
+        meaning |= {"seed": task.seed, "training": task.training.model_dump()}
+    else:
+        meaning |= {"batch_size": task.batch_size}
+    tensors = {
+        "adapter": flatten(adapter_tensors(task.adapter)),
+        "head": flatten(task.head.values()),
+        "mask": pack_bits(task.mask),
+    }
+    return _encode(meaning, tensors)
+
+
+def decode_task(data: bytes) -> Task:
+    """Raises: WireError when the bytes are not a task."""
+    meaning, tensors = _decode(data)
+    try:
+        sizes = {name: slots for name, _, _, _, slots in meaning["modules"]}
+        mask = unpack_bits(tensors["mask"], sizes)
+        schema = _adapter_schema(meaning["form"], meaning["modules"], mask)
+        adapter = unflatten_adapter(tensors["adapter"], schema)
+        head_shapes = {name: tuple(shape) for name, shape in meaning["head"]}
+        head = unflatten(tensors["head"], head_shapes)
+        common = (meaning["round"], meaning["client"])
+        if meaning["kind"] == "train":
+            training = Training.model_validate(meaning["training"])
+            return TrainTask(*common, meaning["seed"], mask, adapter, head, training)
+        if meaning["kind"] == "evaluate":
+            return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"not a task: {error}") from error
+    raise WireError(f"unknown kind of task {meaning['kind']!r}")
+
+
+# --- replies: client to server ---------------------------------------------------------------
+
+
+def encode_update(update: ClientUpdate) -> bytes:
+    """The update as bytes; the shapes are those of its task and do not travel."""
+    tensors = {
+        "adapter": flatten(adapter_tensors(update.adapter)),
+        "head": flatten(update.head.values()),
+    }
+    return _encode(_reply("update", update), tensors)
+
+
+def encode_scores(scores: ClientScores) -> bytes:
+    """The scores as bytes."""
+    return _encode(_reply("scores", scores), {})
+
+
+def decode_update(data: bytes, task: TrainTask) -> ClientUpdate:
+    """The update that answers ``task``.
+
+    Raises: WireError when it answers something else, has another size, or holds a number that is
+        not finite.
+    """
+    meaning, tensors = _decode(data)
+    num_examples, metrics = _check_reply(meaning, "update", task)
+    adapter = unflatten_adapter(_finite(tensors, "adapter"), task.adapter)
+    head = unflatten(_finite(tensors, "head"), {n: tuple(t.shape) for n, t in task.head.items()})
+    return ClientUpdate(task.round, task.client, task.mask, adapter, head, num_examples, metrics)
+
+
+def decode_scores(data: bytes, task: EvaluateTask) -> ClientScores:
+    """Raises: WireError as `decode_update`."""
+    meaning, _ = _decode(data)
+    return ClientScores(task.round, task.client, *_check_reply(meaning, "scores", task))
+
+
+def _reply(kind: str, reply: ClientUpdate | ClientScores) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "round": reply.round,
+        "client": reply.client,
+        "num_examples": reply.num_examples,
+        "metrics": dict(reply.metrics),
+    }
+
+
+def _check_reply(meaning: dict[str, Any], kind: str, task: Task) -> tuple[int, dict[str, float]]:
+    expected = {"kind": kind, "round": task.round, "client": task.client}
+    for key, value in expected.items():
+        if meaning.get(key) != value:
+            raise WireError(f"{key} is {meaning.get(key)!r}, expected {value!r}")
+    count, metrics = meaning.get("num_examples"), meaning.get("metrics")
+    if type(count) is not int or count < 1:
+        raise WireError(f"num_examples is {count!r}, expected a count of at least 1")
+    if not isinstance(metrics, dict) or not all(_is_number(v) for v in metrics.values()):
+        raise WireError("metrics must be finite numbers by name")
+    return count, metrics
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise WireError(f"tensor {name} is missing")
+    if not bool(torch.isfinite(tensors[name]).all()):
+        raise WireError(f"tensor {name} holds a number that is not finite")
+    return tensors[name]
+
+
+# --- flat tensors and bits -------------------------------------------------------------------
+
+
+def adapter_tensors(adapter: Adapter) -> list[Tensor]:
+    """All tensors of an adapter in the order in which they travel."""
+    return [t for factors in adapter.modules.values() for t in factors.tensors().values()]
+
+
+def flatten(tensors: Any) -> Tensor:
+    """All numbers of some tensors in one float32 row."""
+    rows = [t.detach().reshape(-1).to("cpu", torch.float32) for t in tensors]
+    return torch.cat(rows) if rows else torch.zeros(0)
+
+
+def unflatten(flat: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Cut a row into named tensors (views).
+
+    Raises: WireError when the row is not a float32 row of exactly these sizes.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if flat.ndim != 1 or flat.dtype != torch.float32 or flat.numel() != sum(sizes):
+        found = f"{flat.dtype} {list(flat.shape)}"
+        raise WireError(f"expected float32 [{sum(sizes)}], found {found}")
+    parts = torch.split(flat, sizes)
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def unflatten_adapter(flat: Tensor, like: Adapter) -> Adapter:
+    """Cut a row into an adapter of the shapes of ``like``."""
+    shapes = {
+        f"{name}/{part}": tuple(tensor.shape)
+        for name, factors in like.modules.items()
+        for part, tensor in factors.tensors().items()
+    }
+    values = unflatten(flat, shapes)
+    modules = {
+        name: factors.with_tensors({part: values[f"{name}/{part}"] for part in factors.tensors()})
+        for name, factors in like.modules.items()
+    }
+    return Adapter(like.form, modules)
+
+
+def pack_bits(mask: RankMask) -> Tensor:
+    """One bit per slot over all modules, [ceil(sum R / 8)] bytes."""
+    bits = np.concatenate([held.numpy() for held in mask.values()]) if mask else np.zeros(0, bool)
+    return torch.from_numpy(np.packbits(bits))
+
+
+def unpack_bits(packed: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The masks packed by `pack_bits`; ``sizes`` is R by module.
+
+    Raises: WireError when the bytes are not exactly those of so many slots.
+    """
+    total = sum(sizes.values())
+    if packed.ndim != 1 or packed.dtype != torch.uint8 or packed.numel() != -(-total // 8):
+        raise WireError(f"expected the bits of {total} slots, found {list(packed.shape)}")
+    bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=total).astype(bool))
+    return dict(zip(sizes, torch.split(bits, list(sizes.values())), strict=True))
+
+
+def _module_table(adapter: Adapter, mask: RankMask) -> list[list[Any]]:
+    """Rows (name, O, I, scale, R) of every module of the bank; O, I and scale 0 where nothing is held."""
+    rows: list[list[Any]] = []
+    for name, held in mask.items():
+        f = adapter.modules.get(name)
+        shape = [f.B.shape[0], f.A.shape[1], f.scale] if f is not None else [0, 0, 0.0]
+        rows.append([name, *shape, held.numel()])
+    return rows
+
+
+def _adapter_schema(form: Any, table: Sequence[Sequence[Any]], mask: RankMask) -> Adapter:
+    """An adapter of the right shapes without numbers (meta tensors)."""
+    modules = {}
+    for name, out, in_, scale, _ in table:
+        rank = int(mask[name].sum())
+        if rank == 0:
+            continue
+        B = torch.empty(out, rank, device="meta")
+        A = torch.empty(rank, in_, device="meta")
+        e = torch.empty(rank, device="meta") if form == "svd" else None
+        modules[name] = Factors(B, A, scale, e)
+    return Adapter(form, modules)
+
+
+def _encode(meaning: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return save(tensors, metadata={_METADATA: text})
+
+
+def _decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        size = int.from_bytes(data[:8], "little")
+        meaning = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_METADATA])
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError(f"not a polyrank message: {error}") from error
+    if not isinstance(meaning, dict) or meaning.get("format") != FORMAT:
+        raise WireError("not a polyrank message of a known format")
+    return meaning, tensors
