@@ -36,8 +36,10 @@ def run(
     """Fine-tune across devices and leave a run folder with adapter and report."""
     from polyrank.config import load_config
     from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.ledger import refuse_existing
     from polyrank.progress import show
 
+    refuse_existing(out)
     resolved = load_config(config, settings or [])
     if not as_json:
         typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")

@@ -114,8 +114,8 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = merged.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            same_kind = value.get("kind", below.get("kind")) == below.get("kind")
-            merged[key] = merge(below, value) if same_kind else dict(value)
+            kinds = {table["kind"] for table in (below, value) if "kind" in table}
+            merged[key] = merge(below, value) if len(kinds) < 2 else dict(value)
         else:
             merged[key] = value
     return merged

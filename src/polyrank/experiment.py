@@ -26,6 +26,7 @@ from polyrank.ledger import (
     client_rows,
     create_run_folder,
     partition_table,
+    refuse_existing,
     round_row,
     score_rows,
     versions,
@@ -68,8 +69,10 @@ def run(config: Config | None = None, out: str | Path | None = None) -> Result:
         InputError: the config, the data or the model cannot be used; nothing was overwritten.
         RunError: the run cannot go on.
     """
+    target = None if out is None else Path(out)
+    refuse_existing(target)
     experiment = prepare(config or Config())
-    folder = open_folder(experiment, None if out is None else Path(out))
+    folder = open_folder(experiment, target)
     rows = list(conduct(experiment, folder))
     return Result(folder.path, rows[-1])
 

@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from polyrank.adapter import Adapter, restrict
 from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
-from polyrank.errors import InputError
-from polyrank.ledger import RunFolder
+from polyrank.ledger import RunFolder, refuse_existing
 from polyrank.lowrank import fold
 from polyrank.models.load import BaseModel, load_base, pick_device, write_head
 from polyrank.state import ServerState
@@ -45,8 +44,7 @@ def export_run(run: Path, out: Path, *, merged: bool) -> Path:
 
     Raises: InputError when the run is not finished or ``out`` exists.
     """
-    if out.exists():
-        raise InputError("--out", str(out), "exists already; name a new folder, nothing was overwritten")
+    refuse_existing(out)
     folder = RunFolder(run)
     config, labels = read_config(folder), folder.read("partition.json")["labels"]
     state = load_state(run / STATE_FILE)

@@ -72,17 +72,21 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
 
+def refuse_existing(out: Path | None) -> None:
+    """Raises: InputError when ``out`` exists; asked before the work as well as after it."""
+    if out is not None and out.exists():
+        raise InputError("--out", str(out), "exists already; name a new folder, nothing was overwritten")
+
+
 def create_run_folder(out: Path | None, stem: str) -> RunFolder:
     """A new folder: ``out``, or the first free ``runs/STEM-N``.
 
     Raises: InputError when ``out`` exists already; nothing in it is touched.
     """
     if out is not None:
+        refuse_existing(out)
         try:
             out.mkdir(parents=True)
-        except FileExistsError:
-            allowed = "exists already; name a new folder, nothing was overwritten"
-            raise InputError("--out", str(out), allowed) from None
         except OSError as error:
             raise InputError("--out", str(out), f"cannot be made ({error.strerror})") from error
         return RunFolder(out)

@@ -19,6 +19,7 @@ class LowRankLinear(nn.Module):
         y = base(x) + scale * B (e * (A dropout(x)))
 
     Equal to PEFT's LoRA layer in output and gradients for form ``lora``.
+    Dropout is on whenever it is above 0, whatever mode the model is in: who evaluates installs 0.
     Shapes: x [..., I], y [..., O]; B [O, r], e [r], A [r, I].
     """
 
@@ -30,14 +31,14 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = factors.scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         for name in ("B", "e", "A"):
             value = factors.tensors().get(name)
             copy = None if value is None else nn.Parameter(value.detach().clone().to(device))
             self.register_parameter(name, copy)
 
     def forward(self, x: Tensor) -> Tensor:
-        held = F.linear(self.dropout(x), self.A)
+        held = F.linear(F.dropout(x, self.dropout) if self.dropout > 0 else x, self.A)
         if self.e is not None:
             held = held * self.e
         update: Tensor = self.base(x) + self.scale * F.linear(held, self.B)

@@ -217,6 +217,8 @@ def unpack_bits(packed: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 
 def _module_table(adapter: Adapter, mask: RankMask) -> list[list[Any]]:
     """Rows (name, O, I, scale, R) of every module of the bank; O, I and scale 0 where nothing is held."""
+    if [name for name, held in mask.items() if bool(held.any())] != list(adapter.modules):
+        raise ValueError("mask and adapter must name the held modules in the same order")
     rows: list[list[Any]] = []
     for name, held in mask.items():
         f = adapter.modules.get(name)

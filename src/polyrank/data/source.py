@@ -32,9 +32,9 @@ def load_corpus(data: Data, seed: int, group: str | None = None) -> Corpus:
         InputError: a file or column is missing, a column has the wrong type, a label is unknown.
     """
     if data.source == "docstrings":
-        corpus = load_docstrings()
         if group is not None:
             raise InputError("partition.column", group, "the built-in docstrings have no such column")
+        corpus = load_docstrings()
     else:
         train, test = _tables(data)
         names = data.labels or _label_names(train, data)

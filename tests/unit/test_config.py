@@ -1,0 +1,91 @@
+"""Configs: precedence, recipes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from polyrank.config import Config, load_config, make_config, merge
+from polyrank.data.partition import Dirichlet, Iid
+from polyrank.errors import InputError
+from polyrank.recipes import recipes
+
+
+def test_the_quick_start_is_the_default():
+    config = load_config()
+    assert config == Config()
+    assert config.data.source == "docstrings"
+    assert config.partition == Dirichlet()
+
+
+def test_settings_lie_over_the_file_and_the_file_over_the_recipe(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('rounds = 9\n[adapter]\nform = "svd"\nrank = 5\n[partition]\nkind = "iid"\n')
+    config = load_config(path, ["rounds=11", "partition.clients=3", "data.source=my file.csv"])
+    assert (config.rounds, config.adapter.form, config.adapter.rank) == (11, "svd", 5)
+    assert config.partition == Iid(clients=3)
+    assert config.data.source == "my file.csv"
+
+
+def test_another_kind_replaces_the_whole_table():
+    assert merge({"p": {"kind": "a", "x": 1}}, {"p": {"kind": "b"}}) == {"p": {"kind": "b"}}
+    assert merge({"p": {"kind": "a", "x": 1}}, {"p": {"x": 2}}) == {"p": {"kind": "a", "x": 2}}
+
+
+def test_a_dumped_config_loads_again():
+    config = load_config(None, ["partition.kind=natural", "partition.column=site", "training.local_steps=3"])
+    assert make_config(config.model_dump(mode="json")) == config
+
+
+def test_every_recipe_gives_a_config():
+    assert "fedit" in recipes()
+    for name in recipes():
+        assert make_config({"method": name}).method == name
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("roundz=3", r"roundz = 3: unknown key; did you mean 'rounds'\? one of: method, seed, rounds"),
+        ("training.learning_rat=1", "training.learning_rat = 1: unknown key; did you mean 'learning_rate'"),
+        ("partition.alhpa=1", "partition.alhpa = 1: unknown key; did you mean 'alpha'"),
+        ("rounds=many", "rounds = 'many': .*integer"),
+        ("rounds=0", "rounds = 0: .*greater than or equal to 1"),
+        ("training.learning_rate=-1", "training.learning_rate = -1: .*greater than 0"),
+        ("training.learning_rate=nan", "training.learning_rate = nan: .*finite"),
+        ("training.optimizer=adam", "training.optimizer = 'adam': must be 'adamw' or 'sgd'"),
+        ("partition.kind=dirichlett", "partition.kind = 'dirichlett': did you mean 'dirichlet'"),
+        ("sampling.count=0", "sampling.count = 0: .*greater than or equal to 1"),
+        ("method=fedprox", "method = 'fedprox': .*one of: .*fedit"),
+        ("device=tpu", "device = 'tpu': must be 'auto', 'cpu', 'cuda' or 'mps'"),
+        ("adapter.targets=4", "adapter.targets = 4: "),
+        ("allocation.rank=9", "allocation.rank = 9: at most adapter.rank, 8"),
+        ("rounds", "--set = 'rounds': must look like key=value"),
+        ("data=3", "data = 3: .*dictionary"),
+        ("partition.kind=natural", "partition.column = .*required"),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_choices(setting, line):
+    with pytest.raises(InputError, match=line) as caught:
+        load_config(None, [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_and_epochs_exclude_each_other():
+    with pytest.raises(InputError, match="training = .*: set local_steps or local_epochs, not both"):
+        load_config(None, ["training.local_steps=1", "training.local_epochs=1"])
+
+
+def test_config_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="CONFIG = .*cannot be read"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("rounds = = 3")
+    with pytest.raises(InputError, match="CONFIG = .*is not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="CONFIG = .*cannot be read"):
+        load_config(tmp_path / "bytes.toml")
+
+
+def test_python_users_get_the_same_line():
+    with pytest.raises(ValueError, match="unknown key|Extra inputs"):
+        Config(roundz=3)
