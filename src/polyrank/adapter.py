@@ -13,6 +13,7 @@ Shapes: O out, I in, R slots, r held slots.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -121,6 +122,16 @@ def mask_and(first: RankMask, second: RankMask) -> RankMask:
     return {name: held & second[name] for name, held in first.items()}
 
 
+def mask_minus(first: RankMask, second: RankMask) -> RankMask:
+    """The slots of the first mask that are not in the second."""
+    return {name: held & ~second[name] for name, held in first.items()}
+
+
+def within(mask: RankMask, held: RankMask) -> RankMask:
+    """A mask over the bank's slots as a mask over the held slots alone, for a restricted adapter."""
+    return {name: part[held[name]] for name, part in mask.items()}
+
+
 def num_slots(mask: RankMask) -> int:
     """How many slots a mask holds over all modules."""
     return sum(int(held.sum()) for held in mask.values())
@@ -153,3 +164,22 @@ def embed(adapter: Adapter, mask: RankMask, like: Adapter) -> Adapter:
             e[held] = part.e
         modules[name] = Factors(B, A, bank.scale, e)
     return Adapter(like.form, modules)
+
+
+def fresh_slots(like: Adapter, seed: int) -> Adapter:
+    """A new bank of the shapes of ``like`` whose product is zero."""
+    modules: dict[ModuleName, Factors] = {}
+    for name, f in like.modules.items():
+        shape = {name: (f.B.shape[0], f.A.shape[1])}
+        modules |= new_adapter(shape, form=like.form, rank=f.rank, scale=f.scale, seed=seed).modules
+    return Adapter(like.form, modules)
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """A short hash of all numbers and names of an adapter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, factors in adapter.modules.items():
+        digest.update(name.encode())
+        for tensor in factors.tensors().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

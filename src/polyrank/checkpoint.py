@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from polyrank.adapter import Adapter, Factors
 from polyrank.errors import InputError
-from polyrank.state import ServerState
+from polyrank.state import ClientRecord, ServerState
 
 STATE_FILE = "state.safetensors"
 
@@ -26,12 +27,18 @@ def save_state(state: ServerState, path: Path) -> None:
         tensors[f"active/{name}"] = state.active[name].to(torch.uint8)
     for name, tensor in state.head.items():
         tensors[f"head/{name}"] = tensor.contiguous()
+    for number, fold in enumerate(state.folds):
+        for name, factors in fold.modules.items():
+            tensors[f"fold/{number}/{name}/B"] = factors.B.contiguous()
+            tensors[f"fold/{number}/{name}/A"] = factors.A.contiguous()
     meaning = {
         "round": state.round,
         "seed": state.seed,
         "form": state.adapter.form,
         "scales": {name: factors.scale for name, factors in state.adapter.modules.items()},
         "head": list(state.head),
+        "folds": [{name: f.scale for name, f in fold.modules.items()} for fold in state.folds],
+        "clients": {name: asdict(record) for name, record in state.clients.items()},
     }
     save_file(tensors, path, metadata={"polyrank": json.dumps(meaning)})
 
@@ -54,6 +61,19 @@ def load_state(path: Path) -> ServerState:
         active = {name: tensors[f"active/{name}"].bool() for name in modules}
         head = {name: tensors[f"head/{name}"] for name in meaning["head"]}
         adapter = Adapter(meaning["form"], modules)
-        return ServerState(meaning["round"], meaning["seed"], adapter, active, head)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        folds = [
+            Adapter(
+                "lora",
+                {
+                    name: Factors(
+                        tensors[f"fold/{number}/{name}/B"], tensors[f"fold/{number}/{name}/A"], scale
+                    )
+                    for name, scale in scales.items()
+                },
+            )
+            for number, scales in enumerate(meaning["folds"])
+        ]
+        clients = {name: ClientRecord(**record) for name, record in meaning["clients"].items()}
+        return ServerState(meaning["round"], meaning["seed"], adapter, active, head, clients, folds)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError("RUN", str(path), f"is not a saved state ({type(error).__name__})") from error

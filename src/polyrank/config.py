@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from polyrank.adapter import Form
-from polyrank.aggregation import Aggregation, FedAvg
+from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg
 from polyrank.allocation import Allocation, Uniform
 from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
@@ -23,6 +23,7 @@ from polyrank.errors import InputError, choices
 from polyrank.messages import Training
 from polyrank.models.load import PACKAGED
 from polyrank.recipes import recipe
+from polyrank.round import Untrained
 from polyrank.sampling import SampleCount, Sampling
 from polyrank.schema import Schema
 
@@ -45,6 +46,8 @@ class AdapterTable(Schema):
     """R, the slots of every module."""
     scale: Annotated[float, Field(gt=0)] = 2.0
     """Multiplies the product; PEFT's ``lora_alpha`` is scale x rank."""
+    untrained: Untrained = "absent"
+    """What a client does with active slots that it does not train: nothing, or hold them frozen."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
 
 
@@ -58,6 +61,8 @@ class Evaluation(Schema):
     """Score the final model on each client's own held-out texts too."""
     holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of a client's texts kept aside when ``per_client`` is on."""
+    validation_texts: Count = 200
+    """Train texts the server keeps where allocation goes by its own loss."""
 
 
 class Embedded(Schema):
@@ -102,9 +107,19 @@ class Config(Schema):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        rank = self.allocation.rank
+        rank = self.allocation.max_rank
         if rank is not None and rank > self.adapter.rank:
             raise InputError("allocation.rank", rank, f"at most adapter.rank, {self.adapter.rank}")
+        moving = isinstance(self.aggregation, PRODUCT_SPACE) or (
+            isinstance(self.aggregation, Anchored) and self.aggregation.space == "product"
+        )
+        if self.training.factors != "both" and moving:
+            allowed = (
+                f"must be 'both' under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
+            )
+            raise InputError("training.factors", self.training.factors, allowed)
+        if self.training.prune_penalty > 0 and self.training.prune_keep is None:
+            raise InputError("training.prune_penalty", self.training.prune_penalty, "needs prune_keep")
         return self
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyrank.adapter import full_mask, new_adapter, restrict
+from polyrank.allocation import LossBased
 from polyrank.checkpoint import STATE_FILE, save_state
-from polyrank.client import ClientEnv
+from polyrank.client import ClientEnv, catch_up
 from polyrank.config import Config
 from polyrank.data.partition import ClientRows, Natural, share_out
 from polyrank.data.source import load_corpus
-from polyrank.data.texts import Corpus
+from polyrank.data.texts import Corpus, Texts
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.embedded import EmbeddedEngine
+from polyrank.errors import InputError
 from polyrank.evaluation import evaluate, majority_rate
 from polyrank.export import adapter_sha256, export_adapter
 from polyrank.ledger import (
@@ -31,11 +34,13 @@ from polyrank.ledger import (
     score_rows,
     versions,
 )
+from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.targets import resolve_targets
 from polyrank.report import write_report
 from polyrank.round import Federation, evaluate_clients, federated_round
-from polyrank.state import ServerState
+from polyrank.seed import seed_for
+from polyrank.state import ClientRecord, ServerState
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def prepare(config: Config) -> Experiment:
     group = config.partition.column if isinstance(config.partition, Natural) else None
     corpus = load_corpus(config.data, config.seed, group)
     aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
+    corpus, kept = _keep_for_server(corpus, config)
     clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
     model = load_base(config.model.name, corpus.label_names, config.seed, device)
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
@@ -110,10 +116,39 @@ def prepare(config: Config) -> Experiment:
         aggregation=config.aggregation,
         training=config.training,
         rounds=config.rounds,
+        untrained=config.adapter.untrained,
+        validate=None if kept is None else _validation(config, model, kept),
     )
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
-    start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model))
+    records = {rows.client: ClientRecord() for rows in clients}
+    start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records)
     return Experiment(config, corpus, clients, model, test, federation, start)
+
+
+def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:
+    """Where allocation goes by the server's own loss, some train texts stay with the server."""
+    policy = config.allocation
+    if not isinstance(policy, LossBased) or policy.score == "client":
+        return corpus, None
+    train, kept = corpus.train, config.evaluation.validation_texts
+    order = np.random.default_rng(seed_for(config.seed, "validation")).permutation(len(train)).tolist()
+    if len(train) <= kept:
+        raise InputError("evaluation.validation_texts", kept, f"less than the {len(train)} train texts")
+    rest = train.select(sorted(order[kept:]))
+    return Corpus(rest, corpus.test, corpus.label_names), train.select(sorted(order[:kept]))
+
+
+def _validation(
+    config: Config, model: BaseModel, kept: Texts
+) -> Callable[[ServerState, ClientUpdate], float]:
+    """The loss of one client's model on the server's own texts."""
+    data = tokenize(kept, model.tokenizer, config.model.max_length)
+
+    def loss(state: ServerState, update: ClientUpdate) -> float:
+        catch_up(model, [], Folds(0, state.folds))
+        return evaluate(model, update.adapter, update.head, data, config.evaluation.batch_size)["loss"]
+
+    return loss
 
 
 def open_folder(experiment: Experiment, out: Path | None) -> RunFolder:
@@ -145,6 +180,7 @@ def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any
 
 def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:
     """Scores of the global model on the test texts."""
+    catch_up(experiment.model, [], Folds(0, state.folds))
     adapter = restrict(state.adapter, state.active)
     size = experiment.config.evaluation.batch_size
     return evaluate(experiment.model, adapter, state.head, experiment.test, size)

@@ -8,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from polyrank.adapter import Adapter, restrict
+from polyrank.adapter import Adapter, Factors, restrict
+from polyrank.aggregation.product import stack, truncated_svd
 from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
 from polyrank.ledger import RunFolder, refuse_existing
@@ -31,12 +33,33 @@ def export_adapter(model: BaseModel, state: ServerState, path: Path) -> None:
     module's scale at every rank. Modules without active slots are absent.
     """
     path.mkdir()
-    adapter = restrict(state.adapter, state.active)
+    adapter = served_adapter(state)
     save_file(peft_tensors(adapter, state), path / WEIGHTS_FILE, metadata={"format": "pt"})
     config = peft_config(model, adapter)
     text = json.dumps(config, indent=2, sort_keys=True)
     (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     (path / "README.md").write_text(_card(model, adapter), encoding="utf-8")
+
+
+def served_adapter(state: ServerState) -> Adapter:
+    """The active slots, together with all that was folded into the base, as one adapter.
+
+    Folds add up to more slots than a module has rank; they are cut to min(O, I) slots, which loses nothing.
+    """
+    active = restrict(state.adapter, state.active)
+    if not state.folds:
+        return active
+    modules = {}
+    for name, bank in state.adapter.modules.items():
+        parts = [a.modules[name] for a in (*state.folds, active) if name in a.modules]
+        left, right = stack([(f, torch.ones(f.rank)) for f in parts])
+        full = min(bank.B.shape[0], bank.A.shape[1])
+        if right.shape[0] <= full:
+            modules[name] = Factors(left / bank.scale, right, bank.scale)
+            continue
+        U, s, Vh = truncated_svd(left, right, full)
+        modules[name] = Factors(U * (s / bank.scale), Vh, bank.scale)
+    return Adapter("lora", modules)
 
 
 def export_run(run: Path, out: Path, *, merged: bool) -> Path:
@@ -54,7 +77,7 @@ def export_run(run: Path, out: Path, *, merged: bool) -> Path:
         export_adapter(model, state, out)
         return out
     write_head(model, state.head)
-    fold(model.network, restrict(state.adapter, state.active))
+    fold(model.network, served_adapter(state))
     model.network.save_pretrained(out)
     model.tokenizer.save_pretrained(out)
     return out
@@ -118,6 +141,7 @@ tags: [polyrank, lora, federated]
 Form `{adapter.form}`, {len(adapter.modules)} modules, ranks {ranks}, labels: {", ".join(labels.values())}.
 
 ```python
+import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 

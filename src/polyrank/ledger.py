@@ -158,11 +158,12 @@ def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[s
     replies = record.replies
     row = {
         "round": record.round,
-        "cohort": len(replies),
+        "cohort": sum(reply.counts for reply in replies),
         "failed": sum(reply.update is None for reply in replies),
         "train_loss": record.train_loss,
         "learning_rate": record.learning_rate,
-        "steps": sum(int(update.metrics["steps"]) for update in record.updates),
+        "aggregation_error": record.aggregation_error,
+        "steps": sum(int(r.update.metrics["steps"]) for r in replies if r.update is not None),
         "bytes_down": sum(reply.bytes_down for reply in replies),
         "bytes_up": sum(reply.bytes_up for reply in replies),
         "client_wall_s": sum(reply.wall_s for reply in replies),
@@ -176,6 +177,7 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
         {
             "round": record.round,
             "client": reply.client,
+            "aggregated": reply.counts,
             "slots": reply.slots,
             "num_examples": reply.update.num_examples if reply.update else None,
             "metrics": dict(reply.update.metrics) if reply.update else None,

@@ -16,7 +16,7 @@ from polyrank.adapter import Adapter, Factors, delta_weight
 class LowRankLinear(nn.Module):
     """A frozen linear map plus a trainable low-rank update.
 
-        y = base(x) + scale * B (e * (A dropout(x)))
+        y = base(x) + scale * B (e * (A dropout(x))) + the same of the frozen slots, without dropout
 
     Equal to PEFT's LoRA layer in output and gradients for form ``lora``.
     Dropout is on whenever it is above 0, whatever mode the model is in: who evaluates installs 0.
@@ -27,22 +27,30 @@ class LowRankLinear(nn.Module):
     A: nn.Parameter
     e: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, factors: Factors, dropout: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        factors: Factors,
+        dropout: float,
+        device: torch.device,
+        frozen: Factors | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.scale = factors.scale
         self.dropout = dropout
+        self.frozen = None if frozen is None else _on(device, frozen)
         for name in ("B", "e", "A"):
             value = factors.tensors().get(name)
             copy = None if value is None else nn.Parameter(value.detach().clone().to(device))
             self.register_parameter(name, copy)
 
     def forward(self, x: Tensor) -> Tensor:
-        held = F.linear(F.dropout(x, self.dropout) if self.dropout > 0 else x, self.A)
-        if self.e is not None:
-            held = held * self.e
-        update: Tensor = self.base(x) + self.scale * F.linear(held, self.B)
-        return update
+        dropped = F.dropout(x, self.dropout) if self.dropout > 0 else x
+        y: Tensor = self.base(x) + self.scale * _product(dropped, self.B, self.e, self.A)
+        if self.frozen is not None:
+            y = y + self.scale * _product(x, self.frozen.B, self.frozen.e, self.frozen.A)
+        return y
 
     def factors(self) -> Factors:
         """A copy of the factors on the CPU."""
@@ -50,24 +58,42 @@ class LowRankLinear(nn.Module):
         return Factors(self.B.detach().cpu().clone(), self.A.detach().cpu().clone(), self.scale, e)
 
 
+def _product(x: Tensor, B: Tensor, e: Tensor | None, A: Tensor) -> Tensor:
+    held = F.linear(x, A)
+    return F.linear(held if e is None else held * e, B)
+
+
+def _on(device: torch.device, factors: Factors) -> Factors:
+    return factors.with_tensors({name: tensor.to(device) for name, tensor in factors.tensors().items()})
+
+
 @contextlib.contextmanager
 def installed(
-    network: nn.Module, adapter: Adapter, dropout: float = 0.0
+    network: nn.Module, adapter: Adapter, dropout: float = 0.0, frozen: Adapter | None = None
 ) -> Iterator[Mapping[str, LowRankLinear]]:
     """The network with the adapter in place of the maps it adapts; taken out again at the end.
 
-    Modules that the adapter does not name keep their plain map: no matmul, no gradient, no memory.
+    Modules that no adapter names keep their plain map: no matmul, no gradient, no memory.
+
+    Args:
+        frozen: slots that take part in the forward pass beside the adapter's and do not train.
 
     Raises:
         KeyError: the adapter names a module that the network does not have.
     """
-    bases = {name: network.get_submodule(name) for name in adapter.modules}
+    beside = {} if frozen is None else frozen.modules
+    bases = {name: network.get_submodule(name) for name in [*adapter.modules, *beside]}
     layers = {}
     try:
-        for name, factors in adapter.modules.items():
-            device = next(bases[name].parameters()).device
-            layers[name] = LowRankLinear(bases[name], factors, dropout, device)
-            network.set_submodule(name, layers[name])
+        for name, base in bases.items():
+            device = next(base.parameters()).device
+            factors = adapter.modules.get(name)
+            if factors is not None:
+                layers[name] = LowRankLinear(base, factors, dropout, device, beside.get(name))
+                network.set_submodule(name, layers[name])
+            else:
+                alone = LowRankLinear(base, beside[name], 0.0, device)
+                network.set_submodule(name, alone.requires_grad_(False))
         yield layers
     finally:
         for name, base in bases.items():

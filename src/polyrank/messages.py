@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -32,6 +32,13 @@ class Training(Schema):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm over all trained tensors; 0 turns clipping off."""
+    factors: Literal["both", "B", "A", "alternate"] = "both"
+    """Which factor trains; ``alternate`` trains B in even rounds and A in odd ones. e goes with B."""
+    prune_keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """HetLoRA's self-pruning: a client gives up its slots past this share of its rank when their
+    norm shrank in training."""
+    prune_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the norm of those tail slots in the loss."""
     adapter_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     base_dropout: bool = False
 
@@ -43,22 +50,39 @@ class Training(Schema):
 
 
 @dataclass(frozen=True, slots=True)
+class Folds:
+    """Updates that join the frozen weights for good: those a client has missed, in order.
+
+    Args:
+        first: number of the first of them, counted from the start of the run.
+    """
+
+    first: int = 0
+    adapters: Sequence[Adapter] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainTask:
-    """Train the held slots and the head on the client's data.
+    """Train slots and head on the client's data.
 
     Args:
         seed: of everything random in this session (batch order, dropout).
-        mask: which slots of the bank the adapter's slots are.
+        mask: which slots of the bank the client holds.
+        trained: which of them train; the others take part frozen.
         adapter: the held slots only.
+        a_seed: where A never changes (FFA-LoRA) it travels as the seed it was drawn from.
     """
 
     round: int
     client: ClientId
     seed: int
     mask: RankMask
+    trained: RankMask
     adapter: Adapter
     head: Head
     training: Training
+    folds: Folds = Folds()
+    a_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +95,12 @@ class EvaluateTask:
     adapter: Adapter
     head: Head
     batch_size: int
+    folds: Folds = Folds()
 
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
-    """What a client learned: its slots and head after training, of the shapes it was sent."""
+    """What a client learned: the slots it trained (and kept) and the head, after training."""
 
     round: int
     client: ClientId

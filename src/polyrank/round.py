@@ -9,12 +9,14 @@ A round does no input or output of its own: the engine carries bytes, and the ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from polyrank.adapter import RankMask, num_slots, restrict
+from polyrank.adapter import RankMask, mask_and, num_slots, prefix_mask, restrict
 from polyrank.aggregation import Aggregated, Aggregation
-from polyrank.allocation import Allocation
+from polyrank.aggregation.error import aggregation_error
+from polyrank.allocation import Allocation, LossBased
 from polyrank.engine.base import Answer, Engine
 from polyrank.errors import RunError
 from polyrank.messages import (
@@ -22,18 +24,26 @@ from polyrank.messages import (
     ClientScores,
     ClientUpdate,
     EvaluateTask,
+    Folds,
     Training,
     TrainTask,
 )
 from polyrank.sampling import Sampling
 from polyrank.seed import seed_for
-from polyrank.state import ServerState
+from polyrank.state import ClientRecord, ServerState
 from polyrank.wire import WireError, decode_scores, decode_update, encode_task
+
+Untrained = Literal["absent", "frozen"]
 
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same over all rounds: who takes part, and the rules of the run."""
+    """What stays the same over all rounds: who takes part, and the rules of the run.
+
+    Args:
+        untrained: whether a client also holds, frozen, the active slots that it does not train.
+        validate: loss of one client's model on texts the server keeps, for loss-based allocation.
+    """
 
     engine: Engine
     sampling: Sampling
@@ -41,11 +51,17 @@ class Federation:
     aggregation: Aggregation
     training: Training
     rounds: int
+    untrained: Untrained = "absent"
+    validate: Callable[[ServerState, ClientUpdate], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One client's part in one round, with the bytes that really travelled."""
+    """One client's part in one round, with the bytes that really travelled.
+
+    Args:
+        counts: whether its update is aggregated; False when it trained only to be scored.
+    """
 
     client: ClientId
     slots: int
@@ -54,6 +70,7 @@ class Reply:
     wall_s: float
     update: ClientUpdate | None
     error: str | None
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +79,13 @@ class RoundRecord:
 
     round: int
     learning_rate: float
+    aggregation_error: float = 0.0
     replies: Sequence[Reply] = field(default_factory=tuple)
 
     @property
     def updates(self) -> list[ClientUpdate]:
-        return [reply.update for reply in self.replies if reply.update is not None]
+        """The updates that were aggregated."""
+        return [r.update for r in self.replies if r.update is not None and r.counts]
 
     @property
     def train_loss(self) -> float:
@@ -91,22 +110,45 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
     """
     population = [client.id for client in fed.engine.clients()]
     cohort = fed.sampling.sample(population, state.seed, state.round)
-    plan = fed.allocation.allocate(state, cohort)
-    training = training_at(fed.training, state.round, fed.rounds)
-    tasks = [make_task(state, plan[client], client, training) for client in cohort]
-    record = RoundRecord(state.round, training.learning_rate, run_tasks(fed.engine, tasks))
-    if not record.updates:
-        reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in record.replies[:3])
+    everybody = isinstance(fed.allocation, LossBased) and fed.allocation.scores_in(state.round)
+    asked = population if everybody else cohort
+    plan = fed.allocation.allocate(state, asked)
+    tasks = [make_task(fed, state, plan[client], client) for client in asked]
+    replies = [replace(reply, counts=reply.client in set(cohort)) for reply in run_tasks(fed.engine, tasks)]
+    updates = [reply.update for reply in replies if reply.update is not None and reply.counts]
+    if not updates:
+        reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
         raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
-    merged = fed.aggregation.aggregate(state, record.updates)
-    return advance(state, merged), record
+    merged = fed.aggregation.aggregate(state, updates)
+    error = aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
+    rate = tasks[0].training.learning_rate
+    return advance(fed, state, merged, replies), RoundRecord(state.round, rate, error, replies)
 
 
-def make_task(state: ServerState, mask: RankMask, client: ClientId, training: Training) -> TrainTask:
-    """What goes down to one client: its slots, the head, the settings, its seed of this round."""
-    seed = seed_for(state.seed, "train", state.round, client)
-    adapter = restrict(state.adapter, mask)
-    return TrainTask(state.round, client, seed, mask, adapter, state.head, training)
+def make_task(fed: Federation, state: ServerState, mask: RankMask, client: ClientId) -> TrainTask:
+    """What goes down to one client: its slots, the head, the settings, the folds it has missed."""
+    known = state.clients.get(client, ClientRecord())
+    if known.rank_limit is not None:
+        mask = mask_and(mask, prefix_mask(state.adapter, known.rank_limit))
+    held = state.active if fed.untrained == "frozen" else mask
+    return TrainTask(
+        state.round,
+        client,
+        seed_for(state.seed, "train", state.round, client),
+        held,
+        mask,
+        restrict(state.adapter, held),
+        state.head,
+        training_at(fed.training, state.round, fed.rounds),
+        _missed(state, client),
+        state.seed if fed.training.factors == "B" else None,
+    )
+
+
+def _missed(state: ServerState, client: ClientId) -> Folds:
+    """The folds that a client has not received yet."""
+    first = state.clients.get(client, ClientRecord()).folds
+    return Folds(first, state.folds[first:])
 
 
 def run_tasks(engine: Engine, tasks: Sequence[TrainTask]) -> list[Reply]:
@@ -129,9 +171,38 @@ def _reply(task: TrainTask, bytes_down: int, answer: Answer | None) -> Reply:
     return Reply(task.client, slots, bytes_down, bytes_up, answer.wall_s, update, error)
 
 
-def advance(state: ServerState, merged: Aggregated) -> ServerState:
-    """The state of the next round."""
-    return replace(state, round=state.round + 1, adapter=merged.adapter, head=merged.head)
+def advance(fed: Federation, state: ServerState, merged: Aggregated, replies: Sequence[Reply]) -> ServerState:
+    """The state of the next round, with what was learned about each client that answered."""
+    clients = dict(state.clients)
+    for reply in replies:
+        if reply.update is None:
+            continue
+        known = clients.get(reply.client, ClientRecord())
+        kept = max((int(held.sum()) for held in reply.update.mask.values()), default=0)
+        clients[reply.client] = ClientRecord(
+            folds=len(state.folds),
+            rank_limit=known.rank_limit if fed.training.prune_keep is None else kept,
+            loss=_score(fed, state, reply.update, known.loss),
+        )
+    folds = [*state.folds, merged.fold] if merged.fold is not None else state.folds
+    return replace(
+        state,
+        round=state.round + 1,
+        adapter=merged.adapter,
+        head=merged.head,
+        clients=clients,
+        folds=folds,
+    )
+
+
+def _score(fed: Federation, state: ServerState, update: ClientUpdate, known: float | None) -> float | None:
+    """The loss that loss-based allocation goes by; other policies look at none."""
+    if not isinstance(fed.allocation, LossBased) or not fed.allocation.scores_in(state.round):
+        return known
+    if fed.allocation.score == "client":
+        return update.metrics["last_loss"]
+    assert fed.validate is not None, "server-side scores need texts the server keeps"
+    return fed.validate(state, update)
 
 
 def training_at(training: Training, round_: int, rounds: int) -> Training:
@@ -150,14 +221,25 @@ def training_at(training: Training, round_: int, rounds: int) -> Training:
             "linear": 1 - progress,
             "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         }[training.schedule]
-    return training.model_copy(update={"learning_rate": training.learning_rate * factor})
+    changes: dict[str, object] = {"learning_rate": training.learning_rate * factor}
+    if training.factors == "alternate":
+        changes["factors"] = "B" if round_ % 2 == 0 else "A"
+    return training.model_copy(update=changes)
 
 
 def evaluate_clients(fed: Federation, state: ServerState, batch_size: int) -> ClientEvaluation:
     """Score the global model on every client's held-out examples; clients that fail are left out."""
     adapter = restrict(state.adapter, state.active)
     tasks = {
-        client.id: EvaluateTask(state.round, client.id, state.active, adapter, state.head, batch_size)
+        client.id: EvaluateTask(
+            state.round,
+            client.id,
+            state.active,
+            adapter,
+            state.head,
+            batch_size,
+            _missed(state, client.id),
+        )
         for client in fed.engine.clients()
     }
     requests = {client: encode_task(task) for client, task in tasks.items()}

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from polyrank.adapter import Adapter, Head, RankMask
+from polyrank.messages import ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRecord:
+    """What the server remembers about one client.
+
+    Args:
+        folds: how many folds it has received.
+        rank_limit: slots per module it gave up to (HetLoRA's self-pruning); None means no limit.
+        loss: its last score, for loss-based allocation; None before the first.
+    """
+
+    folds: int = 0
+    rank_limit: int | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +33,8 @@ class ServerState:
         seed: root of every random draw of the run.
         adapter: the bank with all R slots of every module.
         active: the slots still in use; a policy never hands out others.
+        clients: a record of every client of the population.
+        folds: updates that belong to the frozen weights by now (stacking), oldest first.
     """
 
     round: int
@@ -23,3 +42,5 @@ class ServerState:
     adapter: Adapter
     active: RankMask
     head: Head
+    clients: Mapping[ClientId, ClientRecord] = field(default_factory=dict)
+    folds: Sequence[Adapter] = ()

@@ -4,19 +4,23 @@ A message is one safetensors buffer. Numbers travel as three flat tensors, meani
 
     adapter   float32   B, e, A of each held module, module after module
     head      float32   the head's parameters
-    mask      uint8     one bit per slot of the bank
+    mask      uint8     one bit per slot of the bank: held; in an update: kept by self-pruning
+    trained   uint8     one bit per slot of the bank: of the held slots, those that train
+    folds     float32   updates that join the frozen weights, where a client has missed some
     "polyrank" in the metadata: kind, round, client, shapes, training settings
 
 A task carries the shapes. An update carries none: its schema is that of the task it answers, so a
-reply of any other size is refused before it is read. Flat tensors keep the overhead at about
-60 bytes a module. No pickle anywhere.
+reply of any other size is refused before it is read. Only the factors that trained come up, and an A
+that never changes goes down as its seed. Flat tensors keep the overhead at about 60 bytes a module.
+No pickle anywhere.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +29,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from polyrank.adapter import Adapter, Factors, RankMask
-from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Task, Training, TrainTask
+from polyrank.adapter import (
+    Adapter,
+    Factors,
+    RankMask,
+    full_mask,
+    mask_minus,
+    new_adapter,
+    num_slots,
+    restrict,
+    within,
+)
+from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Folds, Task, Training, TrainTask
 
 FORMAT = 1
+ALL_PARTS = frozenset({"B", "e", "A"})
 _METADATA = "polyrank"
 
 
@@ -50,15 +65,23 @@ def encode_task(task: Task) -> bytes:
         "modules": _module_table(task.adapter, task.mask),
         "head": [[name, list(t.shape)] for name, t in task.head.items()],
     }
+    parts = ALL_PARTS
+    tensors = {"head": flatten(task.head.values()), "mask": pack_bits(task.mask)}
     if isinstance(task, TrainTask):
-        meaning |= {"seed": task.seed, "training": task.training.model_dump()}
+        training = task.training.model_dump(exclude_defaults=True)
+        meaning |= {"seed": task.seed, "training": training}
+        if any(not torch.equal(task.trained[name], held) for name, held in task.mask.items()):
+            tensors["trained"] = pack_bits(task.trained)
+        if task.a_seed is not None:
+            meaning["a_seed"] = task.a_seed
+            parts = ALL_PARTS - {"A"}
     else:
         meaning |= {"batch_size": task.batch_size}
-    tensors = {
-        "adapter": flatten(adapter_tensors(task.adapter)),
-        "head": flatten(task.head.values()),
-        "mask": pack_bits(task.mask),
-    }
+    tensors["adapter"] = flatten(adapter_tensors(task.adapter, parts))
+    if task.folds.adapters:
+        tables = [_module_table(fold, full_mask(fold)) for fold in task.folds.adapters]
+        meaning["folds"] = {"first": task.folds.first, "modules": tables}
+        tensors["folds"] = flatten(t for fold in task.folds.adapters for t in adapter_tensors(fold))
     return _encode(meaning, tensors)
 
 
@@ -69,15 +92,22 @@ def decode_task(data: bytes) -> Task:
         sizes = {name: slots for name, _, _, _, slots in meaning["modules"]}
         mask = unpack_bits(tensors["mask"], sizes)
         schema = _adapter_schema(meaning["form"], meaning["modules"], mask)
-        adapter = unflatten_adapter(tensors["adapter"], schema)
+        a_seed = meaning.get("a_seed")
+        if a_seed is not None:
+            schema = _with_drawn_a(schema, meaning["modules"], mask, a_seed)
+        parts = ALL_PARTS if a_seed is None else ALL_PARTS - {"A"}
+        adapter = unflatten_adapter(tensors["adapter"], schema, parts)
+        folds = _decode_folds(meaning, tensors)
         head_shapes = {name: tuple(shape) for name, shape in meaning["head"]}
         head = unflatten(tensors["head"], head_shapes)
         common = (meaning["round"], meaning["client"])
         if meaning["kind"] == "train":
             training = Training.model_validate(meaning["training"])
-            return TrainTask(*common, meaning["seed"], mask, adapter, head, training)
+            trained = unpack_bits(tensors["trained"], sizes) if "trained" in tensors else mask
+            seed = meaning["seed"]
+            return TrainTask(*common, seed, mask, trained, adapter, head, training, folds, a_seed)
         if meaning["kind"] == "evaluate":
-            return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"])
+            return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"], folds)
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"not a task: {error}") from error
     raise WireError(f"unknown kind of task {meaning['kind']!r}")
@@ -86,12 +116,14 @@ def decode_task(data: bytes) -> Task:
 # --- replies: client to server ---------------------------------------------------------------
 
 
-def encode_update(update: ClientUpdate) -> bytes:
-    """The update as bytes; the shapes are those of its task and do not travel."""
+def encode_update(update: ClientUpdate, task: TrainTask) -> bytes:
+    """The update as bytes: the factors that trained. Shapes are those of its task and do not travel."""
     tensors = {
-        "adapter": flatten(adapter_tensors(update.adapter)),
+        "adapter": flatten(adapter_tensors(update.adapter, trained_parts(task.training))),
         "head": flatten(update.head.values()),
     }
+    if any(not torch.equal(update.mask[name], bits) for name, bits in task.trained.items()):
+        tensors["mask"] = pack_bits(update.mask)
     return _encode(_reply("update", update), tensors)
 
 
@@ -108,9 +140,15 @@ def decode_update(data: bytes, task: TrainTask) -> ClientUpdate:
     """
     meaning, tensors = _decode(data)
     num_examples, metrics = _check_reply(meaning, "update", task)
-    adapter = unflatten_adapter(_finite(tensors, "adapter"), task.adapter)
+    mask = task.trained
+    if "mask" in tensors:
+        mask = unpack_bits(tensors["mask"], {name: bits.numel() for name, bits in mask.items()})
+        if num_slots(mask_minus(mask, task.trained)):
+            raise WireError("the update keeps slots that it was not given to train")
+    sent = restrict(task.adapter, within(mask, task.mask))
+    adapter = unflatten_adapter(_finite(tensors, "adapter"), sent, trained_parts(task.training))
     head = unflatten(_finite(tensors, "head"), {n: tuple(t.shape) for n, t in task.head.items()})
-    return ClientUpdate(task.round, task.client, task.mask, adapter, head, num_examples, metrics)
+    return ClientUpdate(task.round, task.client, mask, adapter, head, num_examples, metrics)
 
 
 def decode_scores(data: bytes, task: EvaluateTask) -> ClientScores:
@@ -158,12 +196,18 @@ def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 # --- flat tensors and bits -------------------------------------------------------------------
 
 
-def adapter_tensors(adapter: Adapter) -> list[Tensor]:
-    """All tensors of an adapter in the order in which they travel."""
-    return [t for factors in adapter.modules.values() for t in factors.tensors().values()]
+def trained_parts(training: Training) -> frozenset[str]:
+    """Names of the factors that train, and so come up, under these settings."""
+    return {"both": ALL_PARTS, "B": ALL_PARTS - {"A"}, "A": frozenset({"A"})}[training.factors]
 
 
-def flatten(tensors: Any) -> Tensor:
+def adapter_tensors(adapter: Adapter, parts: frozenset[str] = ALL_PARTS) -> list[Tensor]:
+    """The tensors of an adapter in the order in which they travel."""
+    modules = adapter.modules.values()
+    return [t for factors in modules for part, t in factors.tensors().items() if part in parts]
+
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """All numbers of some tensors in one float32 row."""
     rows = [t.detach().reshape(-1).to("cpu", torch.float32) for t in tensors]
     return torch.cat(rows) if rows else torch.zeros(0)
@@ -182,16 +226,19 @@ def unflatten(flat: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def unflatten_adapter(flat: Tensor, like: Adapter) -> Adapter:
-    """Cut a row into an adapter of the shapes of ``like``."""
+def unflatten_adapter(flat: Tensor, like: Adapter, parts: frozenset[str] = ALL_PARTS) -> Adapter:
+    """Cut a row into an adapter of the shapes of ``like``; other parts are those of ``like``."""
     shapes = {
         f"{name}/{part}": tuple(tensor.shape)
         for name, factors in like.modules.items()
         for part, tensor in factors.tensors().items()
+        if part in parts
     }
     values = unflatten(flat, shapes)
     modules = {
-        name: factors.with_tensors({part: values[f"{name}/{part}"] for part in factors.tensors()})
+        name: factors.with_tensors(
+            {part: values.get(f"{name}/{part}", t) for part, t in factors.tensors().items()}
+        )
         for name, factors in like.modules.items()
     }
     return Adapter(like.form, modules)
@@ -239,6 +286,31 @@ def _adapter_schema(form: Any, table: Sequence[Sequence[Any]], mask: RankMask) -
         e = torch.empty(rank, device="meta") if form == "svd" else None
         modules[name] = Factors(B, A, scale, e)
     return Adapter(form, modules)
+
+
+def _with_drawn_a(schema: Adapter, table: Any, mask: RankMask, seed: int) -> Adapter:
+    """The schema with A as it was drawn for the whole bank."""
+    shapes = {name: (out, in_) for name, out, in_, _, _ in table if name in schema.modules}
+    modules = {}
+    for name, factors in schema.modules.items():
+        slots = mask[name].numel()
+        shape = {name: shapes[name]}
+        bank = new_adapter(shape, form=schema.form, rank=slots, scale=factors.scale, seed=seed)
+        modules[name] = replace(factors, A=bank.modules[name].A[mask[name]])
+    return Adapter(schema.form, modules)
+
+
+def _decode_folds(meaning: dict[str, Any], tensors: Mapping[str, Tensor]) -> Folds:
+    if "folds" not in meaning:
+        return Folds()
+    schemas = []
+    for table in meaning["folds"]["modules"]:
+        full = {name: torch.ones(slots, dtype=torch.bool) for name, _, _, _, slots in table}
+        schemas.append(_adapter_schema("lora", table, full))
+    sizes = {str(number): (schema.num_parameters(),) for number, schema in enumerate(schemas)}
+    rows = unflatten(tensors["folds"], sizes).values()
+    adapters = [unflatten_adapter(row, schema) for row, schema in zip(rows, schemas, strict=True)]
+    return Folds(meaning["folds"]["first"], adapters)
 
 
 def _encode(meaning: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:

@@ -35,7 +35,7 @@ def task_for(model, form="lora", **training):
     shapes = resolve_targets(model.network, model.blocks, "attention")
     adapter = new_adapter(shapes, form=form, rank=2, scale=2.0, seed=0)
     settings = Training(**{"local_steps": 4, "batch_size": 4, "learning_rate": 0.02, **training})
-    return TrainTask(0, "c", 11, full_mask(adapter), adapter, read_head(model), settings)
+    return TrainTask(0, "c", 11, full_mask(adapter), full_mask(adapter), adapter, read_head(model), settings)
 
 
 @pytest.mark.parametrize("form", ["lora", "svd"])

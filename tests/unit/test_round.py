@@ -20,7 +20,7 @@ from polyrank.models.load import read_head
 from polyrank.models.targets import resolve_targets
 from polyrank.round import Federation, evaluate_clients, federated_round, training_at
 from polyrank.sampling import SampleAll, SampleCount, SampleShare
-from polyrank.state import ServerState
+from polyrank.state import ClientRecord, ServerState
 from tests.builders import largest_difference
 from tests.conftest import tiny_model
 from tests.unit.test_client import tokens
@@ -60,7 +60,8 @@ def federation(spoil=None, form="lora", **changes):
         training=Training(local_steps=2, batch_size=3, learning_rate=0.01),
         rounds=3,
     )
-    state = ServerState(0, 0, adapter, full_mask(adapter), read_head(model))
+    records = {client: ClientRecord() for client in environments}
+    state = ServerState(0, 0, adapter, full_mask(adapter), read_head(model), records)
     return dataclasses.replace(fed, **changes), state
 
 

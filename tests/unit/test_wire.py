@@ -27,7 +27,7 @@ def train_task(form="lora", rank=4, held=2, shapes=None):
     bank = random_adapter(3, rank, form, **({"shapes": shapes} if shapes else {}))
     mask = prefix_mask(bank, held)
     training = Training(local_steps=3, learning_rate=0.5)
-    return TrainTask(2, "client-1", 77, mask, restrict(bank, mask), random_head(0), training)
+    return TrainTask(2, "client-1", 77, mask, mask, restrict(bank, mask), random_head(0), training)
 
 
 @pytest.mark.parametrize("form", ["lora", "svd"])
@@ -49,6 +49,7 @@ def test_a_module_without_slots_does_not_travel():
     lean = dataclasses.replace(
         task,
         mask=mask,
+        trained=mask,
         adapter=restrict(
             task.adapter, {**full_mask(task.adapter), "block.1.q": torch.zeros(2, dtype=torch.bool)}
         ),
@@ -77,7 +78,7 @@ def test_the_payload_is_four_bytes_a_number_and_the_overhead_is_small():
     task = train_task(rank=8, held=8, shapes=shapes)
     numbers = task.adapter.num_parameters() + sum(t.numel() for t in task.head.values())
     assert numbers == 18 * 8 * (384 + 384) + 8
-    down, up = len(encode_task(task)), len(encode_update(reply_to(task)))
+    down, up = len(encode_task(task)), len(encode_update(reply_to(task), task))
     assert 0 < up - 4 * numbers < 500
     assert 0 < down - 4 * numbers < 18 * 70 + 1_500
     assert (down - 4 * numbers) / down < 0.02
@@ -91,7 +92,7 @@ def reply_to(task):
 def test_an_update_is_read_against_its_task():
     task = train_task("svd")
     update = reply_to(task)
-    again = decode_update(encode_update(update), task)
+    again = decode_update(encode_update(update, task), task)
     assert largest_difference(again.adapter, update.adapter) == 0
     assert again.num_examples == 10
     assert again.metrics == update.metrics
@@ -109,13 +110,13 @@ def test_wrong_replies_are_refused():
         ({"metrics": {"loss": "low"}}, "metrics must be finite numbers"),
     ]:
         with pytest.raises(WireError, match=reason):
-            decode_update(encode_update(dataclasses.replace(good, **change)), task)
+            decode_update(encode_update(dataclasses.replace(good, **change), task), task)
     larger = dataclasses.replace(good, adapter=random_adapter(0, 3))
     with pytest.raises(WireError, match=r"expected float32 \[28\], found torch.float32 \[42\]"):
-        decode_update(encode_update(larger), task)
+        decode_update(encode_update(larger, task), task)
     head = {name: torch.full_like(t, float("nan")) for name, t in good.head.items()}
     with pytest.raises(WireError, match="tensor head holds a number that is not finite"):
-        decode_update(encode_update(dataclasses.replace(good, head=head)), task)
+        decode_update(encode_update(dataclasses.replace(good, head=head), task), task)
 
 
 def test_a_reply_in_float64_or_without_a_tensor_is_refused():

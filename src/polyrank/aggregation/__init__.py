@@ -9,9 +9,51 @@ and this union is the registry: a rule is available once it stands here.
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from polyrank.aggregation.anchored import Anchored
 from polyrank.aggregation.base import Aggregated
 from polyrank.aggregation.fedavg import FedAvg
+from polyrank.aggregation.layer_wise import LayerWise
+from polyrank.aggregation.norm_weighted import NormWeighted
+from polyrank.aggregation.random_slots import RandomSlots
+from polyrank.aggregation.rank_partition import RankPartition
+from polyrank.aggregation.replication_padding import ReplicationPadding
+from polyrank.aggregation.stacking import Stacking
+from polyrank.aggregation.svd_redistribution import SvdRedistribution
+from polyrank.aggregation.zero_padding import ZeroPadding
 
-Aggregation = FedAvg
+Aggregation = Annotated[
+    FedAvg
+    | ZeroPadding
+    | NormWeighted
+    | ReplicationPadding
+    | LayerWise
+    | Stacking
+    | SvdRedistribution
+    | RankPartition
+    | Anchored
+    | RandomSlots,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["Aggregated", "Aggregation", "FedAvg"]
+PRODUCT_SPACE = (Stacking, SvdRedistribution, RankPartition)
+"""Rules whose slots change their coordinates every round."""
+
+__all__ = [
+    "PRODUCT_SPACE",
+    "Aggregated",
+    "Aggregation",
+    "Anchored",
+    "FedAvg",
+    "LayerWise",
+    "NormWeighted",
+    "RandomSlots",
+    "RankPartition",
+    "ReplicationPadding",
+    "Stacking",
+    "SvdRedistribution",
+    "ZeroPadding",
+]

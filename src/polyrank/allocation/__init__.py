@@ -1,16 +1,24 @@
-"""Allocation policies: which rank slots each client of a cohort holds. One file per policy.
+"""Allocation policies: which rank slots each client of a cohort trains. One file per policy.
 
-A policy is a frozen table told apart by ``kind`` with one method,
+A policy is a frozen table told apart by ``kind`` with one method and one property,
 
     allocate(state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]
+    max_rank: int | None          the largest rank it hands out, None where it follows the bank
 
 and this union is the registry: a policy is available once it stands here.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from polyrank.allocation.loss_based import LossBased
+from polyrank.allocation.random_slots import RandomSlotChoice
+from polyrank.allocation.tiers import Tiers
 from polyrank.allocation.uniform import Uniform
 
-Allocation = Uniform
+Allocation = Annotated[Uniform | Tiers | LossBased | RandomSlotChoice, Field(discriminator="kind")]
 
-__all__ = ["Allocation", "Uniform"]
+__all__ = ["Allocation", "LossBased", "RandomSlotChoice", "Tiers", "Uniform"]

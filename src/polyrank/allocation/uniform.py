@@ -22,6 +22,11 @@ class Uniform(Schema):
     kind: Literal["uniform"] = "uniform"
     rank: Annotated[int, Field(ge=1)] | None = None
 
+    @property
+    def max_rank(self) -> int | None:
+        """The largest rank that is handed out."""
+        return self.rank
+
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
         mask = state.active
         if self.rank is not None:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class BaseModel:
         blocks: dotted names of the transformer blocks, first to last.
         head_modules: dotted names of the modules that are trained in full: the task head, and any
             layer that the checkpoint lacks and that would otherwise stay random.
+        folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
     """
 
     network: Any
@@ -40,6 +41,7 @@ class BaseModel:
     blocks: Sequence[str]
     head_modules: Sequence[str]
     device: torch.device
+    folded: list[str] = field(default_factory=list)
 
 
 def packaged_model() -> Path:

@@ -1,0 +1,76 @@
+"""tiers: groups of devices, each with its own rank.
+
+Source: the setting of HetLoRA (arXiv 2401.06432), FLoRA (2409.05976) and FlexLoRA (2402.11505).
+
+A tier names its clients, or the share of the population that is drawn for it at random (once per run).
+Clients that no tier takes hold all R slots.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from polyrank.adapter import RankMask, mask_and, prefix_mask
+from polyrank.errors import InputError, choices
+from polyrank.messages import ClientId
+from polyrank.schema import Schema
+from polyrank.seed import seed_for
+from polyrank.state import ServerState
+
+
+class Tier(Schema):
+    """Devices of one rank: a share of the population, or clients by name."""
+
+    rank: Annotated[int, Field(ge=1)]
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    clients: tuple[ClientId, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.share is None) == (self.clients is None):
+            raise ValueError("a tier needs either share or clients")
+        return self
+
+
+class Tiers(Schema):
+    """The first ``rank`` slots of every module, by tier."""
+
+    kind: Literal["tiers"] = "tiers"
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1)]
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that is handed out."""
+        return max(tier.rank for tier in self.tiers)
+
+    def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
+        """Raises: InputError when a tier names a client that does not exist."""
+        ranks = self.ranks(list(state.clients), state.seed)
+        return {
+            client: mask_and(state.active, prefix_mask(state.adapter, ranks[client]))
+            if client in ranks
+            else state.active
+            for client in cohort
+        }
+
+    def ranks(self, population: Sequence[ClientId], seed: int) -> Mapping[ClientId, int]:
+        """The rank of every client that a tier takes; shares are cut from one random order."""
+        ranks: dict[ClientId, int] = {}
+        for tier in self.tiers:
+            for client in tier.clients or ():
+                if client not in population:
+                    raise InputError("allocation.tiers.clients", client, choices(client, population))
+                ranks[client] = tier.rank
+        free = [client for client in population if client not in ranks]
+        random.Random(seed_for(seed, "tiers")).shuffle(free)
+        taken = 0.0
+        for tier in self.tiers:
+            if tier.share is not None:
+                first, taken = round(taken * len(population)), taken + tier.share
+                for client in free[first : round(taken * len(population))]:
+                    ranks[client] = tier.rank
+        return ranks
