@@ -36,6 +36,8 @@ class Model(Schema):
     name: str = PACKAGED
     max_length: Annotated[int, Field(ge=4)] = 64
     """Texts are cut to so many tokens."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the frozen weights multiply; bf16 is faster on a CPU with units for it."""
 
 
 class AdapterTable(Schema):

@@ -9,6 +9,7 @@ import torch
 
 from polyrank.errors import InputError
 from polyrank.ledger import versions
+from polyrank.models.frozen import bf16_is_fast
 from polyrank.models.load import PACKAGED, packaged_model, pick_device
 
 
@@ -27,6 +28,6 @@ def examine() -> dict[str, Any]:
         "device auto": str(pick_device("auto")),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no",
         "mps": torch.backends.mps.is_available(),
-        "bf16 on cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "bf16 on cpu": bf16_is_fast(),
         f"model {PACKAGED}": model,
     }

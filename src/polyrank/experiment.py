@@ -91,7 +91,8 @@ def prepare(config: Config) -> Experiment:
     aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
     corpus, kept = _keep_for_server(corpus, config)
     clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
-    model = load_base(config.model.name, corpus.label_names, config.seed, device)
+    table = config.model
+    model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype)
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
     adapter = new_adapter(
         shapes,

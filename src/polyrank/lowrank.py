@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, delta_weight
+from polyrank.models.frozen import is_packed, pack
 
 
 class LowRankLinear(nn.Module):
@@ -114,3 +115,5 @@ def fold(network: nn.Module, adapter: Adapter) -> None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.add_((delta.T if isinstance(module, Conv1D) else delta).to(weight.device))
+            if is_packed(module):
+                pack(module)

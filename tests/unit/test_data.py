@@ -154,6 +154,16 @@ def test_every_row_has_one_owner(partition, clients):
         assert share_out(texts, 6, partition, 1, 0.25) != shares
 
 
+def test_some_clients_may_be_near_balanced():
+    texts = texts_of(1_200)
+    shares = share_out(texts, 6, Dirichlet(clients=20, alpha=0.1, iid_share=0.1, min_examples=1), 0)
+    assert sorted(row for share in shares for row in share.train) == list(range(1_200))
+    skew = [max(c := label_counts(texts, s.train, 6)) / sum(c) for s in shares]
+    assert [len(s.train) for s in shares[:2]] == [60, 60]
+    assert max(skew[:2]) < 0.35
+    assert np.mean(skew[2:]) > 0.6
+
+
 def test_partitions_have_the_skew_they_are_named_for():
     texts = texts_of()
     few = share_out(texts, 6, Pathological(clients=6, labels_per_client=2), 0)

@@ -36,6 +36,8 @@ class Dirichlet(Schema):
     """Draw again (ten times) until every client has so many."""
     balanced: bool = False
     """Keep client sizes near the mean."""
+    iid_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the clients, first by name, that get near-balanced labels and texts of mean number."""
 
 
 class Pathological(Schema):
@@ -98,33 +100,46 @@ def label_counts(texts: Texts, rows: Sequence[int], num_labels: int) -> list[int
 def _rows_by_client(
     texts: Texts, order: np.ndarray[Any, Any], num_labels: int, partition: Partition, seed: int
 ) -> list[tuple[ClientId, list[int]]]:
+    if isinstance(partition, Natural):
+        partitioner = _partitioner(partition, num_labels, seed)
+        rows = _split(texts, order, partitioner, partition)
+        names = [str(partitioner.partition_id_to_natural_id[index]) for index in range(len(rows))]
+        return sorted(zip(names, rows, strict=True))
+    if partition.clients > len(texts):
+        allowed = f"at most one client per train text, and there are {len(texts)}"
+        raise InputError("partition.clients", partition.clients, allowed)
+    if isinstance(partition, Dirichlet) and partition.iid_share > 0:
+        even = Iid(clients=max(1, round(partition.iid_share * partition.clients)))
+        cut = round(len(order) * even.clients / partition.clients)
+        rows = _split(texts, order[:cut], _partitioner(even, num_labels, seed), partition)
+        order = order[cut:]
+        rest = partition.model_copy(update={"clients": partition.clients - even.clients})
+        rows += _split(texts, order, _partitioner(rest, num_labels, seed), partition)
+    else:
+        rows = _split(texts, order, _partitioner(partition, num_labels, seed), partition)
+    width = len(str(len(rows) - 1))
+    return [(f"client-{index:0{width}d}", own) for index, own in enumerate(rows)]
+
+
+def _split(
+    texts: Texts, order: np.ndarray[Any, Any], partitioner: Any, partition: Partition
+) -> list[list[int]]:
+    """The rows of each client under one of Flower's partitioners."""
     from datasets import Dataset
 
     columns: dict[str, Any] = {"row": order, "label": np.asarray(texts.labels)[order]}
-    if isinstance(partition, Natural):
-        assert texts.groups is not None
+    if texts.groups is not None:
         columns["group"] = [texts.groups[row] for row in order]
-    elif partition.clients > len(texts):
-        allowed = f"at most one client per train text, and there are {len(texts)}"
-        raise InputError("partition.clients", partition.clients, allowed)
-    partitioner = _partitioner(partition, num_labels, seed)
     partitioner.dataset = Dataset.from_dict(columns)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rows = [
-                partitioner.load_partition(index)["row"][:] for index in range(partitioner.num_partitions)
-            ]
+            count = partitioner.num_partitions
+            return [partitioner.load_partition(index)["row"][:] for index in range(count)]
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         allowed = f"leaves a client without enough examples; use fewer clients or less skew ({reason})"
         raise InputError("partition.kind", partition.kind, allowed) from error
-    width = len(str(len(rows) - 1))
-    if isinstance(partition, Natural):
-        names = [partitioner.partition_id_to_natural_id[index] for index in range(len(rows))]
-    else:
-        names = [f"client-{index:0{width}d}" for index in range(len(rows))]
-    return sorted(zip(map(str, names), rows, strict=True))
 
 
 def _partitioner(partition: Partition, num_labels: int, seed: int) -> Any:

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from polyrank.adapter import Head
 from polyrank.errors import InputError
+from polyrank.models.frozen import bf16_is_fast, pack_blocks
 from polyrank.models.targets import block_names
 from polyrank.seed import seed_for
 
@@ -74,11 +75,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_base(name: str, labels: Sequence[str], seed: int, device: torch.device) -> BaseModel:
+def load_base(
+    name: str,
+    labels: Sequence[str],
+    seed: int,
+    device: torch.device,
+    base_dtype: Literal["fp32", "bf16"] = "fp32",
+) -> BaseModel:
     """A sequence classifier with frozen base and a head for ``labels``.
 
     What the checkpoint lacks (the head at least) is drawn from ``seed``, so that two loads agree
     bit for bit.
+
+    Args:
+        base_dtype: ``bf16`` multiplies by the frozen weights in bf16 where the CPU has units for it.
 
     Raises:
         InputError: nothing can be loaded under that name.
@@ -104,7 +114,10 @@ def load_base(name: str, labels: Sequence[str], seed: int, device: torch.device)
         allowed = f"'{PACKAGED}', a model folder or a hub id that loads as a classifier ({reason})"
         raise InputError("model.name", name, allowed) from error
     new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
-    return prepare(network, tokenizer, source, new, device)
+    model = prepare(network, tokenizer, source, new, device)
+    if base_dtype == "bf16" and device.type == "cpu" and bf16_is_fast():
+        pack_blocks(model.network, model.blocks)
+    return model
 
 
 def prepare(

@@ -1,0 +1,70 @@
+"""Many runs of one study: each cell is one config and one run folder, done once, in worker processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def arguments(about: str) -> argparse.Namespace:
+    """The command line that all studies share."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with ag_news/, banking77/, ...")
+    parser.add_argument("--out", type=Path, required=True, help="folder for run folders and tables")
+    parser.add_argument("--seeds", type=int, default=None)
+    parser.add_argument("--workers", type=int, default=2)
+    return parser.parse_args()
+
+
+def run_cells(cells: Cells, out: Path, workers: int) -> dict[str, dict[str, Any]]:
+    """The summaries of all cells by name; a cell whose summary is there already is not run again."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    todo = [name for name in cells if not (out / name / "summary.json").exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [pool.submit(run_cell, name, dict(cells[name]), out / name) for name in todo]
+        for done, job in enumerate(jobs, 1):
+            print(f"{done}/{len(jobs)} {job.result()}", flush=True)
+    return {name: json.loads((out / name / "summary.json").read_text()) for name in cells}
+
+
+def run_cell(name: str, given: dict[str, Any], folder: Path) -> str:
+    """Run one cell and say how it went; a folder left half-finished is put aside first."""
+    from polyrank import run
+    from polyrank.config import make_config
+
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.unfinished-{os.getpid()}"))
+    summary = run(make_config(given), folder).summary
+    return f"{name}: accuracy {summary['test_accuracy']:.3f} in {summary['wall_s']:.0f} s"
+
+
+def rounds_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of rounds.jsonl of one cell."""
+    for line in (folder / "rounds.jsonl").read_text().splitlines():
+        yield json.loads(line)
+
+
+def mean_sd(values: list[float]) -> str:
+    """``mean (sd)`` with three decimals."""
+    sd = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.3f} ({sd:.3f})"
+
+
+def paired(values: list[float], base: list[float]) -> str:
+    """Mean difference to the base over the same seeds, with its 95 % Student t interval."""
+    from scipy import stats
+
+    gaps = [value - other for value, other in zip(values, base, strict=True)]
+    mean, count = statistics.mean(gaps), len(gaps)
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(gaps) / count**0.5
+    return f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]"
