@@ -1,0 +1,1 @@
+"""Studies that reproduce the papers; each is one command."""

@@ -1,7 +1,7 @@
 """What one aggregation does to a high-quality client: its own model before, the aggregated one after.
 
-The cohort is one near-balanced client of rank 20 and nine skewed ones of rank 5; all train from the same start,
-and the same ten updates go through every rule.
+The cohort is one near-balanced client of rank 20 and nine skewed ones of rank 5; all train from the same
+start, and the same ten updates go through every rule.
 """
 
 from __future__ import annotations

@@ -33,13 +33,13 @@ def loss_based(share: float) -> dict[str, Any]:
 
 def arms(data: str) -> dict[str, dict[str, Any]]:
     """What is compared; the ablations of share and allocation run on AG News only."""
-    mixed = {"rank": HIGH}
+    mixed = {"adapter": {"rank": HIGH}, "allocation": TIERS}
     common = {
         "homogeneous r=5": {"adapter": {"rank": 5}},
         "homogeneous r=7": {"adapter": {"rank": 7}},
         "homogeneous r=20": {"adapter": {"rank": 20}},
-        "zero padding": {"adapter": mixed, "allocation": TIERS, "aggregation": {"kind": "zero_padding"}},
-        "norm weights": {"adapter": mixed, "allocation": TIERS, "aggregation": {"kind": "norm_weighted"}},
+        "zero padding": {**mixed, "aggregation": {"kind": "zero_padding"}},
+        "norm weights": {**mixed, "aggregation": {"kind": "norm_weighted"}},
         "replication": {
             "adapter": mixed,
             "allocation": TIERS,
@@ -48,7 +48,7 @@ def arms(data: str) -> dict[str, dict[str, Any]]:
     }
     if data != "ag_news":
         return common
-    rule = {"adapter": mixed, "aggregation": {"kind": "replication_padding"}}
+    rule = {"adapter": {"rank": HIGH}, "aggregation": {"kind": "replication_padding"}}
     return common | {
         "replication, by loss, 10 %": {**rule, "allocation": loss_based(0.1)},
         "replication, by loss, 20 %": {**rule, "allocation": loss_based(0.2)},
