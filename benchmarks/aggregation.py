@@ -59,9 +59,8 @@ def mean_of_many(clients: int, blocks: int) -> None:
         if number + 1 == max(1, clients // 10):
             tenth = peak_gib()
     spent = time.process_time() - start
-    print(
-        f"mean of {clients} updates, {len(shapes)} modules: {spent:.1f} CPU-s, {1e3 * spent / clients:.1f} ms each"
-    )
+    each_ms = 1e3 * spent / clients
+    print(f"mean of {clients} updates, {len(shapes)} modules: {spent:.1f} CPU-s, {each_ms:.1f} ms each")
     print(f"  peak memory {tenth:.2f} GiB after a tenth, {peak_gib():.2f} GiB after all")
 
 

@@ -61,6 +61,41 @@ def run(
 
 
 @app.command()
+def compare(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME_OR_CONFIG...", help="Recipes and TOML files; the first leads."),
+    ],
+    seeds: Annotated[int, typer.Option(help="Run every arm on the seeds 0 to N-1.")] = 3,
+    settings: SetOption = None,
+    target: Annotated[float | None, typer.Option(help="Tell what it took to this test accuracy.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder, or one to finish.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run several methods or configs over the same seeds and write one comparison."""
+    import polyrank.compare as comparison
+
+    arms = comparison.read_arms(names, settings or [])
+    folder = out or comparison.free_folder()
+    rows = comparison.compare(arms, range(seeds), folder, target)
+    cells = comparison.cell_names(arms, range(seeds))
+    failed = [row for row in (rows if as_json else comparison.show_cells(rows, cells)) if "error" in row]
+    told = "; ".join(f"{row['label']}-{row['seed']}: {row['error']}" for row in failed)
+    if len(failed) == len(cells):
+        raise RunError(f"every cell failed ({told})")
+    content = comparison.write_comparison(folder, target)
+    if as_json:
+        _print_json({"comparison": str(folder), **content})
+    else:
+        for line in comparison.result_lines(content):
+            typer.echo(line)
+        typer.echo(f"table    {folder / 'compare.md'}")
+        typer.echo(f"page     {folder / 'compare.html'}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cells)} cells failed and are left out ({told})")
+
+
+@app.command()
 def export(
     run_folder: RunArgument,
     merge: Annotated[bool, typer.Option("--merge", help="A plain model with the adapter folded in.")] = False,

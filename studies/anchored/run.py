@@ -12,7 +12,7 @@ from typing import Any
 
 from studies.cells import arguments, mean_sd, paired, rounds_of, run_cells
 
-ROUNDS = 16
+ROUNDS = 10
 TIERS = {
     "kind": "tiers",
     "tiers": [{"rank": rank, "share": 0.25} for rank in (2, 4, 8, 16)],
@@ -41,13 +41,13 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": seed,
         "rounds": ROUNDS,
-        "model": {"base_dtype": "bf16", "max_length": 32},
+        "model": {"base_dtype": "bf16", "max_length": 24},
         "data": {"source": str(folder), "max_test": 1_000},
         "partition": {"kind": "dirichlet", "clients": 100, "alpha": 0.1, "min_examples": 8},
         "sampling": {"kind": "share", "share": 0.1},
         "allocation": TIERS,
-        "training": {"learning_rate": 5e-3, "local_steps": 8},
-        "evaluation": {"every": 4, "batch_size": 64},
+        "training": {"learning_rate": 1e-2, "local_steps": 8},
+        "evaluation": {"every": 5, "batch_size": 64},
         **arm,
     }
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from studies.cells import arguments, mean_sd, paired, rounds_of, run_cells
 from studies.replication_padding.first_round import first_round
 
-ROUNDS = 10
+ROUNDS = 8
 LOW, HIGH = 5, 20
 NEAR_BALANCED = [f"client-{index:02d}" for index in range(10)]
 TIERS = {"kind": "tiers", "tiers": [{"rank": HIGH, "clients": NEAR_BALANCED}, {"rank": LOW, "share": 1.0}]}

@@ -345,3 +345,35 @@ def test_streaming_widens_narrow_updates():
 def test_full_mask_and_prefix_agree():
     bank = random_adapter(0, RANK)
     assert all(torch.equal(prefix_mask(bank, RANK)[name], mask) for name, mask in full_mask(bank).items())
+
+
+def test_three_ranks_by_hand():
+    """Clients of rank 1, 2, 3 whose slots all hold 1, 2 and 6; the bank holds 9 in a fourth slot."""
+    shapes = {"q": (2, 2)}
+
+    def constant(value):
+        bank = random_adapter(0, 4, shapes=shapes)
+        full = {
+            "q": bank.modules["q"].with_tensors(
+                {"B": torch.full((2, 4), value), "A": torch.full((4, 2), value)}
+            )
+        }
+        return Adapter("lora", full)
+
+    bank = constant(9.0)
+    updates = [
+        update_of(f"c{rank}", constant(value), prefix_mask(bank, rank))
+        for rank, value in [(1, 1.0), (2, 2.0), (3, 6.0)]
+    ]
+
+    def slots(rule):
+        return rule.aggregate(state_of(bank), updates).adapter.modules["q"].A[:, 0].tolist()
+
+    assert slots(ReplicationPadding()) == pytest.approx([3.0, 4.0, 6.0, 9.0])
+    assert slots(ReplicationPadding(fill="top")) == pytest.approx([3.0, 14 / 3, 6.0, 9.0])
+    assert slots(ZeroPadding()) == pytest.approx([3.0, 8 / 3, 2.0, 9.0])
+    assert slots(RandomSlots()) == pytest.approx([3.0, 9 - 10 / 3, 8.0, 9.0])
+    norms = [2 * 1 * 2, 2 * 2 * 4 * 2, 2 * 3 * 36 * 2]  # |s sum_r v^2 ones(2, 2)| = s r v^2 2
+    shares = [norm / sum(norms) for norm in norms]
+    expected = [sum(s * v for s, v in zip(shares, (1, 2, 6), strict=True)), shares[1] * 2 + shares[2] * 6]
+    assert slots(NormWeighted())[:2] == pytest.approx(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_columns_that_nobody_asked_for_or_measured_are_left_out(tmp_path):
 
 def test_what_is_missing_is_named_and_left_out(three_seeds):
     (three_seeds / "cells/one-2/summary.json").write_text("{half a fi")
-    (three_seeds / "cells/two-0/summary.json").unlink()
+    (three_seeds / "cells/two-0/summary.json").write_text("{}")
     content = write_comparison(three_seeds, 1.0)
     assert content["unfinished"] == ["two-0", "one-2"]
     assert [arm["n"] for arm in content["arms"]] == [2, 2]
@@ -384,6 +385,14 @@ def test_progress_is_one_plain_line_per_cell(capsys):
         ["a-0", "failed", "0:00"],
         ["long-0", "done", "0.625", "2", "0:00"],
     ]
+
+
+def test_the_time_left_is_guessed_from_the_cells_that_ran_in_this_call(monkeypatch, capsys):
+    clock = iter([0.0, 100.0, 200.0])
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    list(show_cells(ROWS, ["a-0", "long-0", "a-1", "b-1"]))
+    # a kept cell says nothing; then one cell took 100 s and two are left; then one is left
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]] == ["4", "3:20", "1:40"]
 
 
 def test_progress_on_a_terminal_shows_what_runs_and_what_waits(monkeypatch, capsys):
