@@ -19,7 +19,7 @@ from polyrank.data.tokens import Tokens
 from polyrank.evaluation import evaluate, precision
 from polyrank.lowrank import LowRankLinear, fold, installed, read_adapter
 from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Folds, Training, TrainTask
-from polyrank.models.load import BaseModel, head_parameters, read_head, write_head
+from polyrank.models.load import BaseModel, head_parameters, logits_of, read_head, write_head
 from polyrank.seed import seed_for
 from polyrank.wire import decode_task, encode_scores, encode_update, trained_parts
 
@@ -155,7 +155,7 @@ def _steps(task: TrainTask, env: ClientEnv, layers: Mapping[str, LowRankLinear])
         for rows in batches(len(env.train), training, task.seed):
             inputs, labels = env.train.batch(rows, model.device)
             with precision(model.device):
-                logits = model.network(**inputs).logits
+                logits = logits_of(model, inputs)
             loss = F.cross_entropy(logits.float(), labels)
             losses.append(loss.item())
             if training.prune_penalty > 0:

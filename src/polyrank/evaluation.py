@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from polyrank.adapter import Adapter, Head
 from polyrank.data.tokens import Tokens
 from polyrank.lowrank import installed
-from polyrank.models.load import BaseModel, write_head
+from polyrank.models.load import BaseModel, logits_of, write_head
 
 
 def evaluate(
@@ -38,7 +38,7 @@ def predict(model: BaseModel, data: Tokens, batch_size: int) -> Tensor:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs, _ = data.batch(rows.tolist(), model.device)
-            batch = model.network(**inputs).logits.float().cpu()
+            batch = logits_of(model, inputs).float().cpu()
             if logits is None:
                 logits = torch.empty(len(order), batch.shape[1])
             logits[torch.from_numpy(rows)] = batch

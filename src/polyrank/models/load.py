@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyrank.adapter import Head
 from polyrank.errors import InputError
 from polyrank.models.frozen import bf16_is_fast, pack_blocks
+from polyrank.models.packing import make_ready, packed_logits
 from polyrank.models.targets import block_names
 from polyrank.seed import seed_for
 
@@ -33,6 +34,7 @@ class BaseModel:
         blocks: dotted names of the transformer blocks, first to last.
         head_modules: dotted names of the modules that are trained in full: the task head, and any
             layer that the checkpoint lacks and that would otherwise stay random.
+        packs: whether batches may go through the blocks without padding.
         folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
     """
 
@@ -42,6 +44,7 @@ class BaseModel:
     blocks: Sequence[str]
     head_modules: Sequence[str]
     device: torch.device
+    packs: bool = False
     folded: list[str] = field(default_factory=list)
 
 
@@ -144,7 +147,17 @@ def prepare(
     network.requires_grad_(False)
     network.eval()
     network.to(device)
-    return BaseModel(network, tokenizer, source, block_names(base, prefix), ordered, device)
+    blocks = block_names(base, prefix)
+    packs = make_ready(network, blocks)
+    return BaseModel(network, tokenizer, source, blocks, ordered, device, packs)
+
+
+def logits_of(model: BaseModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, classes] of a padded batch, by the fastest path the model has."""
+    if model.packs:
+        return packed_logits(model.network, inputs)
+    logits: Tensor = model.network(**inputs).logits
+    return logits
 
 
 def read_head(model: BaseModel) -> Head:
