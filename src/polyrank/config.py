@@ -68,11 +68,14 @@ class Evaluation(Schema):
 
 
 class Embedded(Schema):
-    """All clients on this machine, in this process."""
+    """All clients on this machine."""
 
     kind: Literal["embedded"] = "embedded"
+    workers: Count | None = None
+    """Processes that train clients side by side; without a number, one per core (on a GPU, one). Any
+    number gives the same bits."""
     threads: Count = 1
-    """Threads of torch; the same number gives the same bits."""
+    """Threads of torch in each of them; the same number gives the same bits."""
 
 
 class Config(Schema):

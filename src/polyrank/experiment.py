@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from polyrank.data.partition import ClientRows, Natural, share_out
 from polyrank.data.source import load_corpus
 from polyrank.data.texts import Corpus, Texts
 from polyrank.data.tokens import Tokens, tokenize
+from polyrank.engine.base import Engine
 from polyrank.engine.embedded import EmbeddedEngine
+from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import InputError
 from polyrank.evaluation import evaluate, majority_rate
 from polyrank.export import adapter_sha256, export_adapter
@@ -111,7 +115,7 @@ def prepare(config: Config) -> Experiment:
         for rows in clients
     }
     federation = Federation(
-        engine=EmbeddedEngine(environments),
+        engine=_engine(config, environments, device),
         sampling=config.sampling,
         allocation=config.allocation,
         aggregation=config.aggregation,
@@ -124,6 +128,14 @@ def prepare(config: Config) -> Experiment:
     records = {rows.client: ClientRecord() for rows in clients}
     start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records)
     return Experiment(config, corpus, clients, model, test, federation, start)
+
+
+def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
+    """One process, or several where the machine can fork and the CPU does the work."""
+    wanted = config.engine.workers or (os.cpu_count() or 1)
+    if device.type == "cpu" and sys.platform == "linux" and min(wanted, len(environments)) > 1:
+        return WorkerEngine(environments, min(wanted, len(environments)))
+    return EmbeddedEngine(environments)
 
 
 def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:
@@ -168,15 +180,17 @@ def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any
     started = time.perf_counter()
     state, config = experiment.start, experiment.config
     rows: list[dict[str, Any]] = []
-    for round_ in range(config.rounds):
-        state, record = federated_round(experiment.federation, state)
-        due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
-        scores = evaluate_global(experiment, state) if due else None
-        rows.append(round_row(record, scores))
-        folder.append("rounds.jsonl", rows[-1:])
-        folder.append("clients.jsonl", client_rows(record))
-        yield rows[-1]
-    yield finish(experiment, folder, state, rows, started)
+    try:
+        for round_ in range(config.rounds):
+            state, record = federated_round(experiment.federation, state)
+            due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
+            rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
+            folder.append("rounds.jsonl", rows[-1:])
+            folder.append("clients.jsonl", client_rows(record))
+            yield rows[-1]
+        yield finish(experiment, folder, state, rows, started)
+    finally:
+        experiment.federation.engine.close()
 
 
 def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:

@@ -41,6 +41,7 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": seed,
         "rounds": ROUNDS,
+        "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": 24},
         "data": {"source": str(folder), "max_test": 1_000},
         "partition": {"kind": "dirichlet", "clients": 100, "alpha": 0.1, "min_examples": 8},

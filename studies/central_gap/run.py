@@ -23,6 +23,7 @@ def config(data: str, arm: str, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "rounds": ROUNDS,
+        "engine": {"workers": 1},
         "model": {"base_dtype": "bf16"},
         "data": {"source": data},
         "adapter": {"rank": 8},

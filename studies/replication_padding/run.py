@@ -62,6 +62,7 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": seed,
         "rounds": ROUNDS,
+        "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": 40},
         "data": {"source": str(folder), "max_train": 6_000, "max_test": 600},
         "partition": {

@@ -36,6 +36,9 @@ class Recorder:
     def clients(self):
         return self.engine.clients()
 
+    def close(self):
+        self.engine.close()
+
     def exchange(self, requests):
         self.down += sum(len(request) for request in requests.values())
         for original in self.engine.exchange(requests):

@@ -42,3 +42,7 @@ class Engine(Protocol):
     def exchange(self, requests: Mapping[ClientId, bytes]) -> Iterator[Answer]:
         """One answer per request, in any order. A failed client is an answer, never an exception."""
         ...
+
+    def close(self) -> None:
+        """Let go of processes and connections."""
+        ...

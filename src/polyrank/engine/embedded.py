@@ -19,9 +19,11 @@ class EmbeddedEngine:
     environments: Mapping[ClientId, ClientEnv]
 
     def clients(self) -> Sequence[Client]:
+        """The population, in a fixed order."""
         return [Client(id_, len(env.train)) for id_, env in self.environments.items()]
 
     def exchange(self, requests: Mapping[ClientId, bytes]) -> Iterator[Answer]:
+        """One answer per request, in the order of the requests."""
         for client, request in requests.items():
             start = time.perf_counter()
             payload, error = None, None
@@ -30,3 +32,6 @@ class EmbeddedEngine:
             except (ClientError, WireError) as failure:
                 error = f"{type(failure).__name__}: {failure}"
             yield Answer(client, payload, time.perf_counter() - start, error)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
