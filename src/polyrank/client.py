@@ -19,7 +19,8 @@ from polyrank.data.tokens import Tokens
 from polyrank.evaluation import evaluate, precision
 from polyrank.lowrank import LowRankLinear, fold, installed, read_adapter
 from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Folds, Training, TrainTask
-from polyrank.models.load import BaseModel, head_parameters, logits_of, read_head, write_head
+from polyrank.models.load import BaseModel, head_parameters, read_head, write_head
+from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
 from polyrank.seed import seed_for
 from polyrank.wire import decode_task, encode_scores, encode_update, trained_parts
 
@@ -30,12 +31,18 @@ class ClientError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ClientEnv:
-    """What a device keeps between sessions: the frozen base model, its own data, the folds it got."""
+    """What a device keeps between sessions: the frozen base model and its own data.
+
+    Args:
+        folds: fingerprints of the folds it has received.
+        prefix: where what enters its lowest adapted block is kept, or None.
+    """
 
     model: BaseModel
     train: Tokens
     holdout: Tokens | None = None
     folds: list[str] = field(default_factory=list)
+    prefix: PrefixCache | None = None
 
 
 def handle(request: bytes, env: ClientEnv) -> bytes:
@@ -92,7 +99,8 @@ def score(task: EvaluateTask, env: ClientEnv) -> ClientScores:
     """
     if env.holdout is None or len(env.holdout) == 0:
         raise ClientError("the client keeps no examples aside for evaluation")
-    metrics = evaluate(env.model, task.adapter, task.head, env.holdout, task.batch_size)
+    size = task.batch_size
+    metrics = evaluate(env.model, task.adapter, task.head, env.holdout, size, env.prefix)
     return ClientScores(task.round, task.client, len(env.holdout), metrics)
 
 
@@ -149,13 +157,15 @@ def _steps(task: TrainTask, env: ClientEnv, layers: Mapping[str, LowRankLinear])
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = _optimizer(training, parameters)
+    depth = usable_depth(model, task.adapter.modules, env.train, env.prefix)
+    forward = forward_from(model, env.train, 0 if training.base_dropout else depth, env.prefix)
     model.network.train(training.base_dropout)
     losses = []
     try:
         for rows in batches(len(env.train), training, task.seed):
             inputs, labels = env.train.batch(rows, model.device)
             with precision(model.device):
-                logits = logits_of(model, inputs)
+                logits = forward(rows, inputs)
             loss = F.cross_entropy(logits.float(), labels)
             losses.append(loss.item())
             if training.prune_penalty > 0:

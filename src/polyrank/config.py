@@ -74,6 +74,9 @@ class Embedded(Schema):
     workers: Count | None = None
     """Processes that train clients side by side; without a number, one per core (on a GPU, one). Any
     number gives the same bits."""
+    prefix_gb: Annotated[float, Field(ge=0)] = 2.0
+    """Room on disk for what enters the lowest adapted block where that is not the first; 0 for none."""
+    prefix_dtype: Literal["fp32", "bf16"] = "fp32"
     threads: Count = 1
     """Threads of torch in each of them; the same number gives the same bits."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,31 +14,48 @@ from torch.nn import functional as F
 from polyrank.adapter import Adapter, Head
 from polyrank.data.tokens import Tokens
 from polyrank.lowrank import installed
-from polyrank.models.load import BaseModel, logits_of, write_head
+from polyrank.models.load import BaseModel, write_head
+from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
 
 
 def evaluate(
-    model: BaseModel, adapter: Adapter, head: Head, data: Tokens, batch_size: int
+    model: BaseModel,
+    adapter: Adapter,
+    head: Head,
+    data: Tokens,
+    batch_size: int,
+    cache: PrefixCache | None = None,
 ) -> dict[str, float]:
     """Scores of base model + adapter + head on some examples."""
     write_head(model, head)
+    depth = usable_depth(model, adapter.modules, data, cache)
+    forward = forward_from(model, data, depth, cache)
     with installed(model.network, adapter):
-        logits = predict(model, data, batch_size)
+        logits = predict(model, data, batch_size, forward)
     return scores(logits, torch.from_numpy(data.labels))
 
 
-def predict(model: BaseModel, data: Tokens, batch_size: int) -> Tensor:
+def predict(
+    model: BaseModel,
+    data: Tokens,
+    batch_size: int,
+    forward: Callable[[list[int], Mapping[str, Tensor]], Tensor] | None = None,
+) -> Tensor:
     """Logits [B, classes] on the CPU, in the order of the examples.
 
     Examples of similar length share a batch, so that little is padded.
+
+    Args:
+        forward: logits of a batch given its row numbers and inputs, if not the whole model's.
     """
     order = np.argsort(data.lengths, kind="stable")
+    run = forward or forward_from(model, data, 0, None)
     logits: Tensor | None = None
     with torch.inference_mode(), precision(model.device):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs, _ = data.batch(rows.tolist(), model.device)
-            batch = logits_of(model, inputs).float().cpu()
+            batch = run(rows.tolist(), inputs).float().cpu()
             if logits is None:
                 logits = torch.empty(len(order), batch.shape[1])
             logits[torch.from_numpy(rows)] = batch

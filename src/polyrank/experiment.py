@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from polyrank.ledger import (
 )
 from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
+from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
 from polyrank.report import write_report
 from polyrank.round import Federation, evaluate_clients, federated_round
@@ -58,6 +62,7 @@ class Experiment:
     test: Tokens
     federation: Federation
     start: ServerState
+    prefix: PrefixCache | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,7 @@ def prepare(config: Config) -> Experiment:
     clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
     table = config.model
     model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype)
+    model = replace(model, skips=can_skip(model))
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
     adapter = new_adapter(
         shapes,
@@ -106,11 +112,13 @@ def prepare(config: Config) -> Experiment:
         seed=config.seed,
     )
     encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    cache = _prefix_cache(config)
     environments = {
         rows.client: ClientEnv(
             model,
             encoded.select(rows.train),
             encoded.select(rows.holdout) if rows.holdout else None,
+            prefix=cache,
         )
         for rows in clients
     }
@@ -127,7 +135,7 @@ def prepare(config: Config) -> Experiment:
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
     records = {rows.client: ClientRecord() for rows in clients}
     start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records)
-    return Experiment(config, corpus, clients, model, test, federation, start)
+    return Experiment(config, corpus, clients, model, test, federation, start, cache)
 
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
@@ -136,6 +144,15 @@ def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch
     if device.type == "cpu" and sys.platform == "linux" and min(wanted, len(environments)) > 1:
         return WorkerEngine(environments, min(wanted, len(environments)))
     return EmbeddedEngine(environments)
+
+
+def _prefix_cache(config: Config) -> PrefixCache | None:
+    """A cache in a temporary folder that goes with the process, or None where there is no room for one."""
+    if config.engine.prefix_gb == 0:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="polyrank-prefix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return PrefixCache(folder, int(config.engine.prefix_gb * 1e9), config.engine.prefix_dtype)
 
 
 def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:
@@ -198,7 +215,7 @@ def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, flo
     catch_up(experiment.model, [], Folds(0, state.folds))
     adapter = restrict(state.adapter, state.active)
     size = experiment.config.evaluation.batch_size
-    return evaluate(experiment.model, adapter, state.head, experiment.test, size)
+    return evaluate(experiment.model, adapter, state.head, experiment.test, size, experiment.prefix)
 
 
 def finish(
@@ -227,6 +244,8 @@ def finish(
     }
     if config.evaluation.per_client:
         summary |= _score_clients(experiment, folder, state)
+    if experiment.prefix is not None:
+        summary["prefix_cache"] = experiment.prefix.statistics()
     summary["adapter_sha256"] = adapter_sha256(folder.path / "adapter")
     summary["wall_s"] = time.perf_counter() - started
     folder.write("summary.json", summary)

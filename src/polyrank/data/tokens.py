@@ -38,12 +38,16 @@ class Tokens:
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.diff(self.starts)
 
+    def where(self, rows: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Positions of these examples' tokens in the one row of all tokens, in this order."""
+        spans = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
+        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+
     def select(self, rows: Sequence[int]) -> Tokens:
         """The examples at these row numbers, in this order."""
         lengths = self.lengths[rows]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        spans = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
-        where = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+        where = self.where(rows)
         types = None if self.types is None else self.types[where]
         return Tokens(self.ids[where], types, starts, self.labels[rows], self.pad_id)
 

@@ -35,6 +35,7 @@ class BaseModel:
         head_modules: dotted names of the modules that are trained in full: the task head, and any
             layer that the checkpoint lacks and that would otherwise stay random.
         packs: whether batches may go through the blocks without padding.
+        skips: whether a stored prefix may stand in for its first blocks.
         folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
     """
 
@@ -45,6 +46,7 @@ class BaseModel:
     head_modules: Sequence[str]
     device: torch.device
     packs: bool = False
+    skips: bool = False
     folded: list[str] = field(default_factory=list)
 
 

@@ -1,0 +1,226 @@
+"""The frozen prefix: what enters the lowest adapted block, computed once per text and kept.
+
+Blocks below the lowest adapter are the same function in every step, round and session, so their output on a
+client's texts is stored in a memory-mapped file, [sum T, H], one row per token, that all worker processes
+share. In a step the first block hands the stored rows out, the blocks up to the adapter pass them on, and
+the model runs as always from there. The key of a file is what its content depends on: token ids, depth,
+and the updates folded into the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polyrank.data.tokens import Tokens
+from polyrank.models.load import BaseModel, logits_of
+from polyrank.models.packing import layout_of
+
+_BATCH = 32
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCache:
+    """Files of block inputs in one folder, the least recently used of which make room for new ones."""
+
+    folder: Path
+    budget_bytes: int
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+    def hidden(self, model: BaseModel, data: Tokens, depth: int) -> Tensor:
+        """What enters block ``depth`` for every token of ``data``, [sum T, H]; computed when not there."""
+        path = self.folder / _key(model, data, depth, self.dtype)
+        shape = (int(data.starts[-1]), int(model.network.config.hidden_size))
+        with contextlib.suppress(FileNotFoundError, RuntimeError):
+            rows = self._map(path, shape)
+            os.utime(path)
+            self._tell("hit")
+            return rows
+        self._make_room(shape[0] * shape[1] * _DTYPES[self.dtype].itemsize)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        numbers = shape[0] * shape[1]
+        target = torch.from_file(str(unfinished), True, numbers, dtype=_DTYPES[self.dtype]).view(shape)
+        compute_prefix(model, data, depth, target)
+        unfinished.rename(path)
+        self._tell("fill")
+        return target
+
+    def statistics(self) -> dict[str, int]:
+        """How often rows were found, computed and thrown out, and the bytes that are kept now."""
+        events = self.folder / "events"
+        counts = Counter(events.read_text().split() if events.exists() else [])
+        kept = sum(size for _, size, _ in self._files())
+        return {"hits": counts["hit"], "fills": counts["fill"], "evictions": counts["evict"], "bytes": kept}
+
+    def _map(self, path: Path, shape: tuple[int, int]) -> Tensor:
+        if path.stat().st_size != shape[0] * shape[1] * _DTYPES[self.dtype].itemsize:
+            raise FileNotFoundError(path)
+        return torch.from_file(str(path), False, shape[0] * shape[1], dtype=_DTYPES[self.dtype]).view(shape)
+
+    def _make_room(self, num_bytes: int) -> None:
+        files = sorted(self._files())
+        kept = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if kept + num_bytes <= self.budget_bytes:
+                return
+            path.unlink(missing_ok=True)  # whoever has it mapped keeps it until the session ends
+            self._tell("evict")
+            kept -= size
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """Last use in nanoseconds, size and path of every finished file."""
+        for path in self.folder.glob("*.rows"):
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                yield found.st_mtime_ns, found.st_size, path
+
+    def _tell(self, event: str) -> None:
+        with (self.folder / "events").open("a") as file:
+            file.write(f"{event}\n")
+
+
+def lowest_block(blocks: Sequence[str], modules: Iterable[str]) -> int:
+    """Index of the first block that holds one of these modules; the last block when none does."""
+    names = list(modules)
+    for index, block in enumerate(blocks):
+        if any(name.startswith(f"{block}.") for name in names):
+            return index
+    return len(blocks) - 1
+
+
+def usable_depth(model: BaseModel, modules: Iterable[str], data: Tokens, cache: PrefixCache | None) -> int:
+    """Blocks that can be skipped for these modules, 0 where nothing can be cached."""
+    if cache is None or not model.skips:
+        return 0
+    depth = lowest_block(model.blocks, modules)
+    size = int(data.starts[-1]) * int(model.network.config.hidden_size) * _DTYPES[cache.dtype].itemsize
+    return depth if size <= cache.budget_bytes else 0
+
+
+def forward_from(
+    model: BaseModel, data: Tokens, depth: int, cache: PrefixCache | None
+) -> Callable[[Sequence[int], Mapping[str, Tensor]], Tensor]:
+    """Logits of a batch given its row numbers and padded inputs, from block ``depth`` upward."""
+    if depth == 0 or cache is None:
+        return lambda rows, inputs: logits_of(model, inputs)
+    stored = cache.hidden(model, data, depth)
+
+    def logits(rows: Sequence[int], inputs: Mapping[str, Tensor]) -> Tensor:
+        hidden = stored[torch.from_numpy(data.where(rows))].float().to(model.device)
+        with _skipping(model, depth, _shaped(model, hidden, inputs["attention_mask"])):
+            return logits_of(model, inputs)
+
+    return logits
+
+
+def compute_prefix(model: BaseModel, data: Tokens, depth: int, out: Tensor) -> None:
+    """Fill ``out`` [sum T, H] with what enters block ``depth``.
+
+    Always in the same batches of neighbours in length, so that a file has the same bits whoever fills it.
+    """
+    order = np.argsort(data.lengths, kind="stable")
+    with torch.inference_mode():
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH].tolist()
+            inputs, _ = data.batch(rows, model.device)
+            entering = _entering(model, inputs, depth)
+            mask = inputs["attention_mask"].bool()
+            real = entering[mask] if entering.shape[:2] == mask.shape else entering[0]
+            out[torch.from_numpy(data.where(rows))] = real.to(out.dtype).cpu()
+
+
+def can_skip(model: BaseModel) -> bool:
+    """Whether this model gives the same logits from a stored prefix as from the start."""
+    if len(model.blocks) < 2 or not hasattr(model.network.config, "hidden_size"):
+        return False
+    ids = np.arange(9, dtype=np.int32) % (model.network.config.vocab_size - 4) + 3
+    pad = int(model.network.config.pad_token_id or 0)
+    data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad)
+    inputs, _ = data.batch([0, 1], model.device)
+    depth = len(model.blocks) - 1
+    try:
+        with torch.inference_mode():
+            rows = torch.empty(9, int(model.network.config.hidden_size))
+            compute_prefix(model, data, depth, rows)
+            plain = logits_of(model, inputs)
+            with _skipping(model, depth, _shaped(model, rows.to(model.device), inputs["attention_mask"])):
+                skipped = logits_of(model, inputs)
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
+        return False
+    return bool((plain - skipped).abs().max() <= 1e-4 * (1 + plain.abs().max()))
+
+
+def _key(model: BaseModel, data: Tokens, depth: int, dtype: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (data.ids, data.starts, *([] if data.types is None else [data.types])):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update("/".join([str(depth), dtype, *model.folded]).encode())
+    return f"{digest.hexdigest()}.rows"
+
+
+class _Reached(Exception):  # noqa: N818
+    """The forward pass has come to the block it was wanted for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _entering(model: BaseModel, inputs: Mapping[str, Tensor], depth: int) -> Tensor:
+    """The input of block ``depth``: [1, N, H] on the packed path, [B, T, H] otherwise."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached(args[0])
+
+    watch = model.network.get_submodule(model.blocks[depth]).register_forward_pre_hook(stop)
+    try:
+        logits_of(model, inputs)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        watch.remove()
+    raise RuntimeError(f"the forward pass never came to block {depth}")
+
+
+def _shaped(model: BaseModel, rows: Tensor, attention_mask: Tensor) -> Tensor:
+    """Rows [N, H] as the blocks expect them: [1, N, H] where they run packed, [B, T, H] otherwise."""
+    layout = layout_of(attention_mask)
+    if layout is None:
+        return rows.view(*attention_mask.shape, -1)
+    return rows[None] if model.packs else layout.pad(rows[None])
+
+
+class _Feed(nn.Module):
+    """Stands in for a block below the adapter: hands stored rows out, or passes its input on."""
+
+    def __init__(self, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states if self.hidden is None else self.hidden
+
+
+@contextlib.contextmanager
+def _skipping(model: BaseModel, depth: int, hidden: Tensor) -> Iterator[None]:
+    """The network whose first ``depth`` blocks are replaced by what they would have computed."""
+    names = model.blocks[:depth]
+    blocks = [model.network.get_submodule(name) for name in names]
+    try:
+        for index, name in enumerate(names):
+            model.network.set_submodule(name, _Feed(hidden if index == 0 else None))
+        yield
+    finally:
+        for name, block in zip(names, blocks, strict=True):
+            model.network.set_submodule(name, block)

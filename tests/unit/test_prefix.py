@@ -1,0 +1,153 @@
+"""The stored prefix against the whole model: adapters, scores, keys, eviction, and a wrong entry."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from polyrank.adapter import restrict
+from polyrank.client import ClientEnv, train
+from polyrank.evaluation import evaluate
+from polyrank.lowrank import fold
+from polyrank.models.prefix import PrefixCache, can_skip, lowest_block
+from tests.builders import largest_difference, random_adapter
+from tests.conftest import tiny_model
+from tests.unit.test_client import task_for, tokens
+
+SKIP = {
+    "bert",
+    "distilbert",
+    "roberta",
+    "deberta",
+    "deberta-v2",
+    "gpt2",
+    "llama",
+}  # all but ALBERT's one block
+
+
+def skipping_model(family="bert"):
+    model = tiny_model(family)
+    return dataclasses.replace(model, skips=can_skip(model))
+
+
+def cache_in(tmp_path, **changes):
+    return PrefixCache(tmp_path, **{"budget_bytes": 10**6, **changes})
+
+
+def upper_task(model, **training):
+    """A task that adapts the last block alone."""
+    task = task_for(model, **{"optimizer": "sgd", "local_steps": 6, **training})
+    upper = {n: torch.tensor([model.blocks[-1] in n] * 2) for n in task.mask}
+    return dataclasses.replace(task, mask=upper, trained=upper, adapter=restrict(task.adapter, upper))
+
+
+def test_who_can_skip(family):
+    assert can_skip(tiny_model(family)) == (family in SKIP)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_training_from_the_stored_prefix_ends_in_the_same_adapter(family, packs, tmp_path):
+    model = skipping_model(family)
+    if not model.skips or (packs and not model.packs):
+        pytest.skip("this family takes the plain path")
+    model = dataclasses.replace(model, packs=packs)
+    task, data, cache = upper_task(model), tokens(16), cache_in(tmp_path)
+    plain = train(task, ClientEnv(model, data))
+    for turn in range(2):  # once filling the cache, once reading it
+        stored = train(task, ClientEnv(model, data, prefix=cache))
+        moved = largest_difference(plain.adapter, task.adapter)
+        assert largest_difference(stored.adapter, plain.adapter) < 1e-3 * moved, turn
+    assert (cache.statistics()["fills"], cache.statistics()["hits"]) == (1, 1)
+    assert cache.statistics()["bytes"] == 4 * 16 * int(data.starts[-1])
+
+
+def test_skipped_blocks_do_not_run(tmp_path):
+    model = skipping_model()
+    ran = []
+    hook = model.network.get_submodule(model.blocks[0]).register_forward_hook(lambda *_: ran.append(1))
+    env = ClientEnv(model, tokens(16), prefix=cache_in(tmp_path))
+    train(upper_task(model), env)
+    filled = len(ran)
+    train(upper_task(model), env)
+    hook.remove()
+    assert filled == 1  # one batch of all 16 texts
+    assert len(ran) == filled
+    assert model.network.get_submodule(model.blocks[0]).__class__.__name__ == "BertLayer"
+
+
+def test_a_wrong_entry_changes_the_result(tmp_path):
+    """The tests above would see it: rows of another text give another adapter."""
+    model = skipping_model()
+    env, task = ClientEnv(model, tokens(16), prefix=cache_in(tmp_path)), upper_task(model)
+    right = train(task, env)
+    (path,) = tmp_path.glob("*.rows")
+    rows = torch.from_file(str(path), True, path.stat().st_size // 4)
+    rows.copy_(rows.flip(0))
+    wrong = train(task, env)
+    assert largest_difference(right.adapter, wrong.adapter) > 1e-2 * largest_difference(
+        right.adapter, task.adapter
+    )
+
+
+def test_keys_follow_texts_depth_dtype_and_folds(tmp_path):
+    model = skipping_model()
+    cache = cache_in(tmp_path)
+    task = upper_task(model)
+    for data in (tokens(16), tokens(16, seed=1)):
+        train(task, ClientEnv(model, data, prefix=cache))
+    train(task, ClientEnv(model, tokens(16), prefix=dataclasses.replace(cache, dtype="bf16")))
+    assert cache.statistics()["fills"] == 3
+    name = "bert.encoder.layer.0.attention.self.query"
+    fold(model.network, random_adapter(0, 2, shapes={name: (16, 16)}))
+    model.folded.append("first")
+    env = ClientEnv(model, tokens(16), prefix=cache, folds=["first"])
+    after = train(task, env)
+    assert cache.statistics()["fills"] == 4
+    plain = train(task, dataclasses.replace(env, prefix=None))
+    moved = largest_difference(plain.adapter, task.adapter)
+    assert largest_difference(after.adapter, plain.adapter) < 1e-3 * moved
+
+
+def test_the_least_recently_used_file_makes_room(tmp_path):
+    model, task = skipping_model(), None
+    task = upper_task(model)
+    sets = [tokens(16, seed=seed) for seed in range(3)]
+    size = max(4 * 16 * int(data.starts[-1]) for data in sets)
+    cache = cache_in(tmp_path, budget_bytes=int(2.2 * size))
+    for data in (sets[0], sets[1], sets[0], sets[2], sets[0]):
+        train(task, ClientEnv(model, data, prefix=cache))
+    found = cache.statistics()
+    assert (found["fills"], found["hits"], found["evictions"]) == (3, 2, 1)
+    assert found["bytes"] <= cache.budget_bytes
+    none = cache_in(tmp_path, budget_bytes=10)
+    train(task, ClientEnv(model, sets[1], prefix=none))
+    assert none.statistics()["fills"] == 3
+
+
+def test_base_dropout_and_adapters_in_the_first_block_take_the_whole_model(tmp_path):
+    model, cache = skipping_model(), cache_in(tmp_path)
+    train(upper_task(model, base_dropout=True), ClientEnv(model, tokens(16), prefix=cache))
+    train(task_for(model), ClientEnv(model, tokens(16), prefix=cache))
+    assert cache.statistics()["fills"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_evaluation_reads_the_prefix_too(dtype, tmp_path):
+    model, cache, data = skipping_model(), cache_in(tmp_path, dtype=dtype), tokens(11)
+    task = upper_task(model)
+    shapes = {n: (f.B.shape[0], f.A.shape[1]) for n, f in task.adapter.modules.items()}
+    adapter = random_adapter(1, 2, shapes=shapes)
+    plain = evaluate(model, adapter, task.head, data, 4)
+    for _ in range(2):
+        stored = evaluate(model, adapter, task.head, data, 4, cache)
+        assert stored["loss"] == pytest.approx(plain["loss"], rel=1e-4 if dtype == "fp32" else 0.05)
+    assert cache.statistics()["hits"] == 1
+
+
+def test_the_lowest_block():
+    blocks = ["m.0", "m.1", "m.10"]
+    assert lowest_block(blocks, ["m.1.q", "m.10.q"]) == 1
+    assert lowest_block(blocks, ["m.10.q"]) == 2
+    assert lowest_block(blocks, []) == 2
