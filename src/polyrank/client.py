@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyrank.adapter import RankMask, fingerprint, full_mask, mask_and, mask_minus, restrict, within
+from polyrank.adapter import RankMask, fingerprint, full_mask, mask_minus, restrict, within
 from polyrank.data.tokens import Tokens
 from polyrank.evaluation import evaluate, precision
 from polyrank.lowrank import LowRankLinear, fold, installed, read_adapter
@@ -27,6 +27,10 @@ from polyrank.wire import decode_task, encode_scores, encode_update, trained_par
 
 class ClientError(RuntimeError):
     """A session that gave no usable result, e.g. the loss left the finite numbers."""
+
+
+class MissingFoldsError(ClientError):
+    """The server believes that this device has folds which it does not have, e.g. after a restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ def catch_up(model: BaseModel, received: list[str], folds: Folds) -> None:
     Raises: ClientError when a fold is missing or is not the one that came before.
     """
     if folds.first > len(received):
-        raise ClientError(f"folds {len(received)} to {folds.first - 1} never came")
+        raise MissingFoldsError(f"folds {len(received)} to {folds.first - 1} never came")
     for number, adapter in enumerate(folds.adapters, folds.first):
         name = fingerprint(adapter)
         if number < len(received) and received[number] != name:
@@ -127,7 +131,9 @@ def catch_up(model: BaseModel, received: list[str], folds: Folds) -> None:
             fold(model.network, adapter)
             model.folded.append(name)
     if model.folded != received:
-        raise ClientError(f"the base model holds {len(model.folded)} folds, this client {len(received)}")
+        raise MissingFoldsError(
+            f"the base model holds {len(model.folded)} folds, this client {len(received)}"
+        )
 
 
 def batches(num_examples: int, training: Training, seed: int) -> Iterator[list[int]]:
@@ -202,7 +208,7 @@ def _tail_norm(modules: Mapping[str, LowRankLinear] | Mapping[str, object], trai
     Source: HetLoRA (Cho et al., arXiv 2401.06432), its regulariser and its criterion.
     """
     assert training.prune_keep is not None
-    norms = []
+    norms = [torch.zeros(())]
     for factors in modules.values():
         A: Tensor = factors.A  # type: ignore[attr-defined]
         tail = ~_head_slots(A.shape[0], training.prune_keep)
@@ -223,7 +229,7 @@ def _in_bank(trained: RankMask, kept: RankMask) -> RankMask:
         mask[name] = held.clone()
         if name in kept:
             mask[name][held] = kept[name]
-    return mask_and(mask, trained)
+    return mask
 
 
 def _optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

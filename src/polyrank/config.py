@@ -63,8 +63,9 @@ class Evaluation(Schema):
     """Score the final model on each client's own held-out texts too."""
     holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of a client's texts kept aside when ``per_client`` is on."""
-    validation_texts: Count = 200
-    """Train texts the server keeps where allocation goes by its own loss."""
+    validation_texts: Annotated[int, Field(ge=0)] = 0
+    """Train texts the server keeps; 0 means 200 where allocation goes by its own loss, none elsewhere.
+    Set it for every arm of a comparison, so that all have the same clients."""
 
 
 class Embedded(Schema):
@@ -126,6 +127,17 @@ class Config(Schema):
                 f"must be 'both' under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             )
             raise InputError("training.factors", self.training.factors, allowed)
+        if isinstance(self.aggregation, FedAvg) and (
+            self.allocation.kind != "uniform" or self.training.prune_keep is not None
+        ):
+            kind = f"{self.allocation.kind} or self-pruning"
+            allowed = f"needs equal ranks; for allocation by {kind} take e.g. 'replication_padding'"
+            raise InputError("aggregation.kind", "fedavg", allowed)
+        if self.training.prune_keep is not None and self.allocation.kind == "random_slots":
+            allowed = "does not go with allocation.kind = 'random_slots'"
+            raise InputError("training.prune_keep", self.training.prune_keep, allowed)
+        if self.adapter.targets == ():
+            raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
             raise InputError("training.prune_penalty", self.training.prune_penalty, "needs prune_keep")
         return self
@@ -137,7 +149,7 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = merged.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            kinds = {table["kind"] for table in (below, value) if "kind" in table}
+            kinds = {str(table["kind"]) for table in (below, value) if "kind" in table}
             merged[key] = merge(below, value) if len(kinds) < 2 else dict(value)
         else:
             merged[key] = value
@@ -190,6 +202,8 @@ def _setting(text: str) -> dict[str, Any]:
 def _as_input_error(error: ValidationError) -> InputError:
     """The first complaint of pydantic as one line."""
     first = error.errors()[0]
+    if isinstance(inner := first.get("ctx", {}).get("error"), InputError):
+        return inner
     keys, model = _walk(first["loc"])
     key, value = ".".join(keys), first["input"]
     match first["type"]:

@@ -35,6 +35,12 @@ def choices(value: object, options: Iterable[str]) -> str:
     return f"{hint}one of: {shown}"
 
 
+def first_line(error: Exception, limit: int = 160) -> str:
+    """The first line of what a library says, or the kind of its error when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 def _short(value: object, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import shutil
 import sys
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyrank.adapter import full_mask, new_adapter, restrict
-from polyrank.allocation import LossBased
+from polyrank.adapter import embed, full_mask, new_adapter, restrict
+from polyrank.allocation import LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import ClientEnv, catch_up
 from polyrank.config import Config
@@ -28,7 +29,7 @@ from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.base import Engine
 from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.engine.workers import WorkerEngine
-from polyrank.errors import InputError
+from polyrank.errors import InputError, RunError
 from polyrank.evaluation import evaluate, majority_rate
 from polyrank.export import adapter_sha256, export_adapter
 from polyrank.ledger import (
@@ -112,6 +113,8 @@ def prepare(config: Config) -> Experiment:
         seed=config.seed,
     )
     encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    if isinstance(config.allocation, Tiers):
+        config.allocation.ranks([rows.client for rows in clients], config.seed)  # refuses unknown names
     cache = _prefix_cache(config)
     environments = {
         rows.client: ClientEnv(
@@ -141,6 +144,8 @@ def prepare(config: Config) -> Experiment:
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
     """One process, or several where the machine can fork and the CPU does the work."""
     wanted = config.engine.workers or (os.cpu_count() or 1)
+    if config.engine.threads > 1:  # a fork of a process that already ran several threads would hang
+        wanted = 1
     if device.type == "cpu" and sys.platform == "linux" and min(wanted, len(environments)) > 1:
         return WorkerEngine(environments, min(wanted, len(environments)))
     return EmbeddedEngine(environments)
@@ -156,11 +161,12 @@ def _prefix_cache(config: Config) -> PrefixCache | None:
 
 
 def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:
-    """Where allocation goes by the server's own loss, some train texts stay with the server."""
-    policy = config.allocation
-    if not isinstance(policy, LossBased) or policy.score == "client":
+    """Keep some train texts with the server, where the config says so or the policy needs them."""
+    policy, train = config.allocation, corpus.train
+    needed = 200 if isinstance(policy, LossBased) and policy.score == "server" else 0
+    kept = config.evaluation.validation_texts or needed
+    if kept == 0:
         return corpus, None
-    train, kept = corpus.train, config.evaluation.validation_texts
     order = np.random.default_rng(seed_for(config.seed, "validation")).permutation(len(train)).tolist()
     if len(train) <= kept:
         raise InputError("evaluation.validation_texts", kept, f"less than the {len(train)} train texts")
@@ -176,7 +182,10 @@ def _validation(
 
     def loss(state: ServerState, update: ClientUpdate) -> float:
         catch_up(model, [], Folds(0, state.folds))
-        return evaluate(model, update.adapter, update.head, data, config.evaluation.batch_size)["loss"]
+        adapter = update.adapter
+        if config.adapter.untrained == "frozen":  # the client's model also holds what it did not train
+            adapter = restrict(embed(adapter, update.mask, state.adapter), state.active)
+        return evaluate(model, adapter, update.head, data, config.evaluation.batch_size)["loss"]
 
     return loss
 
@@ -215,7 +224,10 @@ def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, flo
     catch_up(experiment.model, [], Folds(0, state.folds))
     adapter = restrict(state.adapter, state.active)
     size = experiment.config.evaluation.batch_size
-    return evaluate(experiment.model, adapter, state.head, experiment.test, size, experiment.prefix)
+    found = evaluate(experiment.model, adapter, state.head, experiment.test, size, experiment.prefix)
+    if not math.isfinite(found["loss"]):
+        raise RunError(f"round {state.round - 1}: the global model's test loss is {found['loss']}")
+    return found
 
 
 def finish(
@@ -259,10 +271,12 @@ def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState
     evaluation = evaluate_clients(experiment.federation, state, size)
     scores = evaluation.scores
     folder.append("client_scores.jsonl", score_rows(scores))
-    accuracies = [s.metrics["accuracy"] for s in scores]
-    return {
-        "client_accuracy_mean": sum(accuracies) / len(accuracies),
-        "client_accuracy_min": min(accuracies),
+    spent: dict[str, float] = {
         "evaluation_bytes_down": evaluation.bytes_down,
         "evaluation_bytes_up": evaluation.bytes_up,
     }
+    accuracies = [s.metrics["accuracy"] for s in scores]
+    if not accuracies:
+        return spent
+    mean = sum(accuracies) / len(accuracies)
+    return {"client_accuracy_mean": mean, "client_accuracy_min": min(accuracies), **spent}

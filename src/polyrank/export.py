@@ -52,6 +52,8 @@ def served_adapter(state: ServerState) -> Adapter:
     modules = {}
     for name, bank in state.adapter.modules.items():
         parts = [a.modules[name] for a in (*state.folds, active) if name in a.modules]
+        if not parts:
+            continue
         left, right = stack([(f, torch.ones(f.rank)) for f in parts])
         full = min(bank.B.shape[0], bank.A.shape[1])
         if right.shape[0] <= full:

@@ -80,7 +80,7 @@ def installed(
         frozen: slots that take part in the forward pass beside the adapter's and do not train.
 
     Raises:
-        KeyError: the adapter names a module that the network does not have.
+        AttributeError: the adapter names a module that the network does not have.
     """
     beside = {} if frozen is None else frozen.modules
     bases = {name: network.get_submodule(name) for name in [*adapter.modules, *beside]}

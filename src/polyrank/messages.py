@@ -12,6 +12,8 @@ from polyrank.adapter import Adapter, Head, RankMask
 from polyrank.schema import Schema
 
 ClientId = str
+MISSING_FOLDS = "MissingFoldsError"
+"""How the error of a client begins that lacks folds the server believes it has."""
 
 
 class Training(Schema):

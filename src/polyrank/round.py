@@ -8,18 +8,30 @@ A round does no input or output of its own: the engine carries bytes, and the ca
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from polyrank.adapter import RankMask, mask_and, num_slots, prefix_mask, restrict
+import torch
+
+from polyrank.adapter import (
+    Adapter,
+    RankMask,
+    fresh_slots,
+    mask_and,
+    num_slots,
+    prefix_mask,
+    restrict,
+)
 from polyrank.aggregation import Aggregated, Aggregation
 from polyrank.aggregation.error import aggregation_error
 from polyrank.allocation import Allocation, LossBased
 from polyrank.engine.base import Answer, Engine
 from polyrank.errors import RunError
 from polyrank.messages import (
+    MISSING_FOLDS,
     ClientId,
     ClientScores,
     ClientUpdate,
@@ -31,7 +43,14 @@ from polyrank.messages import (
 from polyrank.sampling import Sampling
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState
-from polyrank.wire import WireError, decode_scores, decode_update, encode_task
+from polyrank.wire import (
+    ALL_PARTS,
+    WireError,
+    decode_scores,
+    decode_update,
+    encode_task,
+    trained_parts,
+)
 
 Untrained = Literal["absent", "frozen"]
 
@@ -120,6 +139,8 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
         reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
         raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
     merged = fed.aggregation.aggregate(state, updates)
+    parts = trained_parts(tasks[0].training)
+    merged = replace(merged, adapter=_with_parts(state.adapter, merged.adapter, parts))
     error = aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
     rate = tasks[0].training.learning_rate
     return advance(fed, state, merged, replies), RoundRecord(state.round, rate, error, replies)
@@ -141,8 +162,25 @@ def make_task(fed: Federation, state: ServerState, mask: RankMask, client: Clien
         state.head,
         training_at(fed.training, state.round, fed.rounds),
         _missed(state, client),
-        state.seed if fed.training.factors == "B" else None,
+        state.seed if fed.training.factors == "B" and _is_drawn(state) else None,
     )
+
+
+def _is_drawn(state: ServerState) -> bool:
+    """Whether A is still what it was drawn as, so that its seed can travel in its place."""
+    drawn = fresh_slots(state.adapter, state.seed).modules
+    return all(torch.equal(f.A, drawn[name].A) for name, f in state.adapter.modules.items())
+
+
+def _with_parts(old: Adapter, new: Adapter, parts: frozenset[str]) -> Adapter:
+    """The new bank, with the old values of the factors that nobody trained: a mean may not move them."""
+    if parts == ALL_PARTS:
+        return new
+    modules = {}
+    for name, factors in new.modules.items():
+        kept = {part: t for part, t in old.modules[name].tensors().items() if part not in parts}
+        modules[name] = factors.with_tensors({**factors.tensors(), **kept})
+    return Adapter(new.form, modules)
 
 
 def _missed(state: ServerState, client: ClientId) -> Folds:
@@ -155,17 +193,21 @@ def run_tasks(engine: Engine, tasks: Sequence[TrainTask]) -> list[Reply]:
     """Send every task, check every answer; replies stand in the order of the tasks."""
     requests = {task.client: encode_task(task) for task in tasks}
     answers = {answer.client: answer for answer in engine.exchange(requests)}
-    return [_reply(task, len(requests[task.client]), answers.get(task.client)) for task in tasks]
+    registered = {client.id: client.num_examples for client in engine.clients()}
+    return [
+        _reply(task, len(requests[task.client]), answers.get(task.client), registered[task.client])
+        for task in tasks
+    ]
 
 
-def _reply(task: TrainTask, bytes_down: int, answer: Answer | None) -> Reply:
+def _reply(task: TrainTask, bytes_down: int, answer: Answer | None, num_examples: int) -> Reply:
     slots = num_slots(task.mask)
     if answer is None:
         return Reply(task.client, slots, bytes_down, 0, 0.0, None, "no answer")
     bytes_up, update, error = len(answer.payload or b""), None, answer.error
     if answer.payload is not None:
         try:
-            update = decode_update(answer.payload, task)
+            update = decode_update(answer.payload, task, num_examples)
         except WireError as refusal:
             error = f"refused: {refusal}"
     return Reply(task.client, slots, bytes_down, bytes_up, answer.wall_s, update, error)
@@ -175,13 +217,16 @@ def advance(fed: Federation, state: ServerState, merged: Aggregated, replies: Se
     """The state of the next round, with what was learned about each client that answered."""
     clients = dict(state.clients)
     for reply in replies:
-        if reply.update is None:
-            continue
         known = clients.get(reply.client, ClientRecord())
+        if reply.update is None:
+            if reply.error is not None and reply.error.startswith(MISSING_FOLDS):
+                clients[reply.client] = replace(known, folds=0)  # send them all again
+            continue
         kept = max((int(held.sum()) for held in reply.update.mask.values()), default=0)
+        pruned = num_slots(reply.update.mask) < reply.slots
         clients[reply.client] = ClientRecord(
             folds=len(state.folds),
-            rank_limit=known.rank_limit if fed.training.prune_keep is None else kept,
+            rank_limit=kept if pruned else known.rank_limit,
             loss=_score(fed, state, reply.update, known.loss),
         )
     folds = [*state.folds, merged.fold] if merged.fold is not None else state.folds
@@ -200,7 +245,7 @@ def _score(fed: Federation, state: ServerState, update: ClientUpdate, known: flo
     if not isinstance(fed.allocation, LossBased) or not fed.allocation.scores_in(state.round):
         return known
     if fed.allocation.score == "client":
-        return update.metrics["last_loss"]
+        return update.metrics["loss"]
     assert fed.validate is not None, "server-side scores need texts the server keeps"
     return fed.validate(state, update)
 
@@ -244,8 +289,9 @@ def evaluate_clients(fed: Federation, state: ServerState, batch_size: int) -> Cl
     }
     requests = {client: encode_task(task) for client, task in tasks.items()}
     payloads = {a.client: a.payload for a in fed.engine.exchange(requests) if a.payload is not None}
-    return ClientEvaluation(
-        [decode_scores(payload, tasks[client]) for client, payload in payloads.items()],
-        sum(map(len, requests.values())),
-        sum(map(len, payloads.values())),
-    )
+    scores = []
+    for client, payload in payloads.items():
+        with contextlib.suppress(WireError):
+            scores.append(decode_scores(payload, tasks[client]))
+    down, up = sum(map(len, requests.values())), sum(map(len, payloads.values()))
+    return ClientEvaluation(scores, down, up)

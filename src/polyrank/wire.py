@@ -132,14 +132,21 @@ def encode_scores(scores: ClientScores) -> bytes:
     return _encode(_reply("scores", scores), {})
 
 
-def decode_update(data: bytes, task: TrainTask) -> ClientUpdate:
+def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None) -> ClientUpdate:
     """The update that answers ``task``.
+
+    Args:
+        most_examples: how many the client registered; it may not claim more.
 
     Raises: WireError when it answers something else, has another size, or holds a number that is
         not finite.
     """
     meaning, tensors = _decode(data)
     num_examples, metrics = _check_reply(meaning, "update", task)
+    if most_examples is not None and num_examples > most_examples:
+        raise WireError(f"num_examples is {num_examples}, registered were {most_examples}")
+    if missing := {"loss", "last_loss", "steps"} - set(metrics):
+        raise WireError(f"metrics lack {', '.join(sorted(missing))}")
     mask = task.trained
     if "mask" in tensors:
         mask = unpack_bits(tensors["mask"], {name: bits.numel() for name, bits in mask.items()})
@@ -182,12 +189,14 @@ def _check_reply(meaning: dict[str, Any], kind: str, task: Task) -> tuple[int, d
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise WireError(f"tensor {name} is missing")
+    if tensors[name].dtype != torch.float32:
+        raise WireError(f"tensor {name}: expected float32, found {tensors[name].dtype}")
     if not bool(torch.isfinite(tensors[name]).all()):
         raise WireError(f"tensor {name} holds a number that is not finite")
     return tensors[name]

@@ -13,7 +13,7 @@ from typing import Any
 
 from studies.cells import arguments, mean_sd, paired, run_cells
 
-ROUNDS, COHORT, STEPS = 20, 10, 5
+ROUNDS, COHORT, STEPS = 30, 10, 5
 RATES = {"federated": 5e-3, "central": 2e-3}
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from studies.cells import arguments, mean_sd, paired, rounds_of, run_cells
 from studies.replication_padding.first_round import first_round
 
-ROUNDS = 8
+ROUNDS = 6
 LOW, HIGH = 5, 20
 NEAR_BALANCED = [f"client-{index:02d}" for index in range(10)]
 TIERS = {"kind": "tiers", "tiers": [{"rank": HIGH, "clients": NEAR_BALANCED}, {"rank": LOW, "share": 1.0}]}
@@ -41,8 +41,7 @@ def arms(data: str) -> dict[str, dict[str, Any]]:
         "zero padding": {**mixed, "aggregation": {"kind": "zero_padding"}},
         "norm weights": {**mixed, "aggregation": {"kind": "norm_weighted"}},
         "replication": {
-            "adapter": mixed,
-            "allocation": TIERS,
+            **mixed,
             "aggregation": {"kind": "replication_padding"},
         },
     }
@@ -64,7 +63,7 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
         "rounds": ROUNDS,
         "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": 40},
-        "data": {"source": str(folder), "max_train": 6_000, "max_test": 600},
+        "data": {"source": str(folder), "max_train": 5_000, "max_test": 500},
         "partition": {
             "kind": "dirichlet",
             "clients": 100,
@@ -74,7 +73,7 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
         },
         "sampling": {"kind": "share", "share": 0.1},
         "training": {"learning_rate": 5e-3, "local_epochs": 1},
-        "evaluation": {"batch_size": 64, "validation_texts": 100},
+        "evaluation": {"batch_size": 64, "validation_texts": 100},  # in every arm, for equal clients
         **arm,
     }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,14 +101,13 @@ except SystemExit:
 heavy = {"torch", "transformers", "pydantic", "matplotlib", "datasets"} & set(sys.modules)
 assert not heavy, heavy
 """
-    best = 10.0
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
     assert "Fine-tune one language model" in done.stdout
-    assert best < 0.5
+    spent_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert spent_s < 0.5  # CPU-seconds, so that a busy machine fails nothing
 
 
 def test_importing_polyrank_is_light():

@@ -59,6 +59,11 @@ def test_every_recipe_gives_a_config():
         ("device=tpu", "device = 'tpu': must be 'auto', 'cpu', 'cuda' or 'mps'"),
         ("adapter.targets=4", "adapter.targets = 4: "),
         ("allocation.rank=9", "allocation.rank = 9: at most adapter.rank, 8"),
+        ("allocation.kind=[1]", "allocation.kind = .*one of"),
+        ("adapter.targets=[]", "adapter.targets = ..: name at least one linear map"),
+        ("training.prune_keep=0.5", "aggregation.kind = 'fedavg': needs equal ranks"),
+        ("training.prune_penalty=0.5", "training.prune_penalty = 0.5: needs prune_keep"),
+        ("allocation={kind='loss_based', high_rank=8}", "aggregation.kind = 'fedavg': needs equal ranks"),
         ("rounds", "--set = 'rounds': must look like key=value"),
         ("data=3", "data = 3: .*dictionary"),
         ("partition.kind=natural", "partition.column = .*required"),
@@ -68,6 +73,13 @@ def test_a_mistake_is_one_line_with_key_value_and_choices(setting, line):
     with pytest.raises(InputError, match=line) as caught:
         load_config(None, [setting])
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(line.split(" = ")[0])
+
+
+def test_rules_that_mix_the_factors_need_both():
+    for rule in ("stacking", "svd_redistribution", "rank_partition", "anchored"):
+        with pytest.raises(InputError, match=f"training.factors = 'B': must be 'both' .*{rule}"):
+            load_config(None, ["training.factors=B", f"aggregation.kind={rule}"])
 
 
 def test_steps_and_epochs_exclude_each_other():

@@ -126,6 +126,59 @@ def test_more_defects_of_files(tmp_path):
         load_corpus(Data(), 0, group="site")
 
 
+def test_labels_are_read_the_same_way_in_train_and_test(tmp_path):
+    train = write(tmp_path / "train.csv", [{"text": "t", "label": i % 3} for i in range(9)])
+    test = write(tmp_path / "test.csv", [{"text": "t", "label": i} for i in (1, 2)])
+    corpus = load_corpus(Data(source=train, test=test, labels=("1", "2", "3")), 0)
+    assert list(corpus.test.labels) == [1, 2]  # positions, as in train, where 0 occurs
+
+
+def test_odd_tables(tmp_path, minilm):
+    (tmp_path / "twice.csv").write_text("text,text,label\na,b,c\n")
+    with pytest.raises(InputError, match="data.source = .*has two columns named 'text'"):
+        load_corpus(Data(source=str(tmp_path / "twice.csv")), 0)
+    rows = write(tmp_path / "x.csv", ROWS)
+    with pytest.raises(InputError, match="data.test = 'y.csv': goes with a data.source that is one file"):
+        load_corpus(Data(source=str(tmp_path), test="y.csv"), 0)
+    assert rows
+    empty = tokenize(Texts(["", "a"], None, [0, 1]), FakeTokenizer(), 8)
+    assert empty.lengths.tolist() == [1, 2]
+
+
+class FakeTokenizer:
+    """GPT-style: no special tokens, so that an empty text has none at all."""
+
+    model_max_length, pad_token_id = 100, 7
+
+    def __call__(self, texts, pairs, **_):
+        return {"input_ids": [[1, 2] if text else [] for text in texts]}
+
+
+def test_hub_sets_by_split_and_label_name(monkeypatch):
+    import datasets
+
+    columns = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "y"])}
+    features = datasets.Features(columns)
+
+    def split(labels):
+        return datasets.Dataset.from_dict({"text": ["t"] * len(labels), "label": labels}, features=features)
+
+    hub = {"train": split([0, 1, 0, 1]), "validation": split([1, 0]), "test": split([-1, -1])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: hub)
+    corpus = load_corpus(Data(source="hub:glue", subset="sst2"), 0)
+    assert (list(corpus.label_names), list(corpus.test.labels)) == (["n", "y"], [1, 0])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: {"test": hub["train"]})
+    with pytest.raises(InputError, match="data.source = 'hub:glue': has no train split"):
+        load_corpus(Data(source="hub:glue"), 0)
+
+    def fail(name, subset):
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match="data.source = 'hub:glue': cannot be loaded .ConnectionError"):
+        load_corpus(Data(source="hub:glue"), 0)
+
+
 def texts_of(count=600, classes=6):
     labels = (np.arange(count) % classes).tolist()
     groups = [f"site-{i % 7}" for i in range(count)]
@@ -182,6 +235,7 @@ def test_partitions_have_the_skew_they_are_named_for():
     ("partition", "line"),
     [
         (Iid(clients=601), "partition.clients = 601: at most one client per train text, and there are 600"),
+        (Dirichlet(clients=1, iid_share=0.5), "partition.iid_share = 0.5: leaves no client for the rest"),
         (Dirichlet(clients=100, alpha=0.01), "partition.kind = 'dirichlet': leaves a client without enough"),
         (
             Pathological(labels_per_client=9),

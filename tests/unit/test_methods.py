@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from polyrank.adapter import delta_weight, full_mask, num_slots, prefix_mask, restrict
-from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Stacking
+from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Stacking, ZeroPadding
 from polyrank.allocation import LossBased, RandomSlotChoice, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
 from polyrank.client import ClientEnv, ClientError, catch_up, train
 from polyrank.config import make_config
+from polyrank.errors import RunError
 from polyrank.evaluation import predict
 from polyrank.export import served_adapter
 from polyrank.lowrank import installed
@@ -113,10 +114,7 @@ def test_one_factor_trains_and_travels(factors, moves, stays, form):
     federated_round(fed, state)
     up_of_both = fed.engine.up
     fed, _ = federation(training=Training(local_steps=2, batch_size=3, learning_rate=0.01, factors=factors))
-    # the bank is not as drawn, so A has to travel here
-    task = make_task(fed, state, full_mask(bank), "c0")
-    if factors == "B":
-        assert task.a_seed == state.seed
+    assert make_task(fed, state, full_mask(bank), "c0").a_seed is None  # A is not as drawn: it travels
     fed = dataclasses.replace(fed, training=fed.training.model_copy(update={"factors": "alternate"}))
     after, _ = federated_round(fed, dataclasses.replace(state, round=0 if factors == "B" else 1))
     assert fed.engine.up < 0.75 * up_of_both
@@ -138,6 +136,23 @@ def test_an_a_that_never_changes_travels_as_its_seed(form):
     assert largest_difference(again.adapter, restrict(state.adapter, mask)) == 0
     plain = dataclasses.replace(fed, training=Training(local_steps=2))
     assert len(data) < 0.8 * len(encode_task(make_task(plain, state, mask, "c0")))
+
+
+def test_a_rule_that_dilutes_cannot_move_an_a_that_never_changes():
+    training = Training(local_steps=2, batch_size=3, learning_rate=0.01, factors="B")
+    fed, state = federation(training=training, aggregation=ZeroPadding(), allocation=two_tiers())
+    after, _ = rounds(fed, state, 3)
+    for name, before in state.adapter.modules.items():
+        assert torch.equal(after.adapter.modules[name].A, before.A)
+    assert make_task(fed, after, full_mask(after.adapter), "c0").a_seed == state.seed
+
+
+def test_a_client_that_did_not_prune_may_grow():
+    training = Training(local_steps=1, batch_size=3, prune_keep=0.9)
+    policy = LossBased(low_rank=1, high_rank=3, high_share=0.5, score="client")
+    fed, state = federation(training=training, allocation=policy, aggregation=ReplicationPadding())
+    _, records = rounds(fed, state, 2)
+    assert {reply.slots for reply in records[1].replies} == {6, 18}
 
 
 def test_self_pruning_shortens_a_client_for_good():
@@ -193,6 +208,22 @@ def test_a_missing_or_changed_fold_is_found_out():
         catch_up(model, other, Folds())
 
 
+def test_a_client_that_lost_its_folds_gets_them_again():
+    fed, state = federation(aggregation=Stacking())
+    state, _ = rounds(fed, state, 2)
+    fresh, _ = federation(aggregation=Stacking())  # as after a restart: every device is empty again
+    with pytest.raises(RunError, match="MissingFoldsError: folds 0 to 0 never came"):
+        federated_round(fresh, state)
+    engine = fresh.engine.engine
+    engine.environments["c0"].folds.extend(fed.engine.engine.environments["c0"].folds[:1])
+    engine.environments["c0"].model.folded.extend(fed.engine.engine.environments["c0"].folds[:1])
+    after, record = federated_round(fresh, state)
+    assert [r.client for r in record.replies if r.error is None] == ["c0"]
+    assert {c: r.folds for c, r in after.clients.items()} == {"c0": 2, "c1": 0, "c2": 0, "c3": 0}
+    _, record = federated_round(fresh, after)
+    assert all(reply.error is None for reply in record.replies)
+
+
 @pytest.mark.parametrize("form", ["lora", "svd"])
 def test_the_served_adapter_is_all_folds_and_the_bank(form):
     fed, state = federation(aggregation=Stacking(), form=form)
@@ -235,7 +266,7 @@ def test_loss_based_scores_everybody_and_aggregates_the_cohort(score):
         assert {c: r.loss for c, r in after.clients.items()} == losses
         assert fed.allocation.best(after) == {"c1", "c2"}
     else:
-        told = {r.client: r.update.metrics["last_loss"] for r in record.replies}
+        told = {r.client: r.update.metrics["loss"] for r in record.replies}
         assert {c: r.loss for c, r in after.clients.items()} == told
     _, second = federated_round(fed, after)
     assert len(second.replies) == 2

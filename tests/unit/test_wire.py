@@ -108,9 +108,13 @@ def test_wrong_replies_are_refused():
         ({"num_examples": -1}, "num_examples is -1"),
         ({"num_examples": 2.5}, "num_examples is 2.5"),
         ({"metrics": {"loss": "low"}}, "metrics must be finite numbers"),
+        ({"metrics": {"loss": 10**400}}, "metrics must be finite numbers"),
+        ({"metrics": {"loss": True}}, "metrics must be finite numbers"),
+        ({"metrics": {"loss": 1.0}}, "metrics lack last_loss, steps"),
+        ({"num_examples": 10**30}, "registered were 99"),
     ]:
         with pytest.raises(WireError, match=reason):
-            decode_update(encode_update(dataclasses.replace(good, **change), task), task)
+            decode_update(encode_update(dataclasses.replace(good, **change), task), task, 99)
     larger = dataclasses.replace(good, adapter=random_adapter(0, 3))
     with pytest.raises(WireError, match=r"expected float32 \[28\], found torch.float32 \[42\]"):
         decode_update(encode_update(larger, task), task)
@@ -127,7 +131,7 @@ def test_a_reply_in_float64_or_without_a_tensor_is_refused():
         "round": 2,
         "client": "client-1",
         "num_examples": 1,
-        "metrics": {},
+        "metrics": {"loss": 1.0, "last_loss": 1.0, "steps": 1},
     }
     metadata = {"polyrank": json.dumps(meaning)}
     wide = save({"adapter": torch.zeros(28, dtype=torch.float64), "head": torch.zeros(8)}, metadata)

@@ -71,6 +71,6 @@ def test_failures_come_back_as_answers_and_bugs_stop_the_run():
     fed.engine.close()
     broken = {name: ClientEnv(None, env.train) for name, env in fed.engine.environments.items()}
     fed = dataclasses.replace(fed, engine=WorkerEngine(broken, 2), training=Training(local_steps=1))
-    with pytest.raises(RunError, match="AttributeError"):
+    with pytest.raises(RunError, match="c.: AttributeError"):
         federated_round(fed, state)
     fed.engine.close()

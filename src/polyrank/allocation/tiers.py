@@ -42,6 +42,12 @@ class Tiers(Schema):
     kind: Literal["tiers"] = "tiers"
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _at_most_everybody(self) -> Self:
+        if sum(tier.share or 0 for tier in self.tiers) > 1 + 1e-9:
+            raise ValueError("the shares of all tiers may add up to 1 at most")
+        return self
+
     @property
     def max_rank(self) -> int:
         """The largest rank that is handed out."""

@@ -113,6 +113,8 @@ def _rows_by_client(
         cut = round(len(order) * even.clients / partition.clients)
         rows = _split(texts, order[:cut], _partitioner(even, num_labels, seed), partition)
         order = order[cut:]
+        if even.clients >= partition.clients:
+            raise InputError("partition.iid_share", partition.iid_share, "leaves no client for the rest")
         rest = partition.model_copy(update={"clients": partition.clients - even.clients})
         rows += _split(texts, order, _partitioner(rest, num_labels, seed), partition)
     else:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from polyrank.data.docstrings import load_docstrings
 from polyrank.data.texts import Corpus, Data, Texts
-from polyrank.errors import InputError, choices
+from polyrank.errors import InputError, choices, first_line
 from polyrank.seed import seed_for
 
 READABLE = (".csv", ".tsv", ".parquet", ".jsonl", ".json")
@@ -38,11 +38,12 @@ def load_corpus(data: Data, seed: int, group: str | None = None) -> Corpus:
     else:
         train, test = _tables(data)
         names = data.labels or _label_names(train, data)
-        corpus = (
-            Corpus(_texts(train, data, names, group), _texts(test, data, names, None), names)
-            if test is not None
-            else _split(_texts(train, data, names, group), data, names, seed)
-        )
+        by_name = _are_names(train, data, names)
+        texts = _texts(train, data, names, group, by_name=by_name)
+        if test is None:
+            corpus = _split(texts, data, names, seed)
+        else:
+            corpus = Corpus(texts, _texts(test, data, names, None, by_name=by_name), names)
     return Corpus(
         _subsample(corpus.train, data.max_train, seed, "train"),
         _subsample(corpus.test, data.max_test, seed, "test"),
@@ -57,29 +58,34 @@ def read_table(path: Path, key: str) -> pa.Table:
     """
     if not path.is_file():
         raise InputError(key, str(path), "no such file")
+    quoted = pa.csv.ParseOptions(newlines_in_values=True)
+    tabs = pa.csv.ParseOptions(delimiter="\t", newlines_in_values=True)
     readers: dict[str, Any] = {
-        ".csv": pa.csv.read_csv,
-        ".tsv": lambda p: pa.csv.read_csv(p, parse_options=pa.csv.ParseOptions(delimiter="\t")),
-        ".parquet": pa.parquet.read_table,
-        ".jsonl": pa.json.read_json,
-        ".json": pa.json.read_json,
+        ".csv": lambda: pa.csv.read_csv(path, parse_options=quoted),
+        ".tsv": lambda: pa.csv.read_csv(path, parse_options=tabs),
+        ".parquet": lambda: pa.parquet.read_table(path),
+        ".jsonl": lambda: pa.json.read_json(path),
+        ".json": lambda: pa.json.read_json(path),
     }
-    if path.suffix.lower() not in readers:
+    ending = path.suffix.lower()
+    if ending not in readers:
         raise InputError(key, str(path), f"must end in {choices(path.suffix, READABLE)}")
-    options = pa.csv.ParseOptions(newlines_in_values=True)
     try:
-        if path.suffix.lower() == ".csv":
-            return pa.csv.read_csv(path, parse_options=options)
-        return readers[path.suffix.lower()](path)
+        table: pa.Table = readers[ending]()
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(key, str(path), f"cannot be read as {path.suffix[1:]} ({reason})") from error
+        raise InputError(key, str(path), f"cannot be read as {ending[1:]} ({first_line(error)})") from error
+    twice = next((n for n in table.column_names if table.column_names.count(n) > 1), None)
+    if twice is not None:
+        raise InputError(key, str(path), f"has two columns named {twice!r}")
+    return table
 
 
 def _tables(data: Data) -> tuple[pa.Table, pa.Table | None]:
     if data.source.startswith("hub:"):
         return _hub_tables(data)
     path = Path(data.source)
+    if data.test is not None and not path.is_file():
+        raise InputError("data.test", data.test, "goes with a data.source that is one file")
     if path.is_dir():
         return (
             read_table(_file_in(path, "train"), "data.source"),
@@ -107,12 +113,18 @@ def _hub_tables(data: Data) -> tuple[pa.Table, pa.Table | None]:
     try:
         splits = load_dataset(name, data.subset)
     except Exception as error:  # the library raises many kinds
-        reason = str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError("data.source", data.source, f"cannot be loaded ({reason})") from error
+        allowed = f"cannot be loaded ({first_line(error)})"
+        raise InputError("data.source", data.source, allowed) from error
     if "train" not in splits:
         raise InputError("data.source", data.source, f"has no train split, only {list(splits)}")
-    test = next((splits[s] for s in ("test", "validation") if s in splits), None)
-    return _plain(splits["train"]), None if test is None else _plain(test)
+    labelled = [name for name in ("test", "validation") if name in splits and _has_labels(splits[name], data)]
+    test = _plain(splits[labelled[0]]) if labelled else None
+    return _plain(splits["train"]), test
+
+
+def _has_labels(split: Any, data: Data) -> bool:
+    """Benchmarks such as GLUE publish their test split with every label -1."""
+    return data.label not in split.column_names or split[data.label][0] != -1
 
 
 def _plain(split: Any) -> pa.Table:
@@ -170,30 +182,36 @@ def _refuse_missing(column: pa.ChunkedArray, data: Data) -> None:
         raise InputError("data.label", data.label, f"row {row} has no label")
 
 
-def _labels(table: pa.Table, data: Data, names: Sequence[str]) -> list[int]:
+def _labels(table: pa.Table, data: Data, names: Sequence[str], *, by_name: bool) -> list[int]:
     column = _column(table, "data.label", data.label)
     _refuse_missing(column, data)
     values: list[Any] = column.to_pylist()
-    if pa.types.is_integer(column.type) and not set(map(str, values)) <= set(names):
-        bad = next((v for v in values if not 0 <= v < len(names)), None)
-        if bad is not None:
-            allowed = f"label outside range; {len(names)} labels, so 0 to {len(names) - 1}"
-            raise InputError("data.label", bad, allowed)
-        return values
     index = {name: position for position, name in enumerate(names)}
+    if by_name:
+        for value in values:
+            if str(value) not in index:
+                raise InputError("data.label", value, f"unknown label; {choices(value, names)}")
+        return [index[str(value)] for value in values]
     for value in values:
-        if str(value) not in index:
-            raise InputError("data.label", value, f"unknown label; {choices(value, names)}")
-    return [index[str(value)] for value in values]
+        if not isinstance(value, int) or not 0 <= value < len(names):
+            allowed = f"label outside range; {len(names)} labels, so 0 to {len(names) - 1}"
+            raise InputError("data.label", value, allowed)
+    return values
 
 
-def _texts(table: pa.Table, data: Data, names: Sequence[str], group: str | None) -> Texts:
+def _are_names(table: pa.Table, data: Data, names: Sequence[str]) -> bool:
+    """Whether the train labels are names; otherwise they are positions in the list of names."""
+    column = _column(table, "data.label", data.label)
+    return not pa.types.is_integer(column.type) or set(map(str, pc.unique(column).to_pylist())) <= set(names)
+
+
+def _texts(table: pa.Table, data: Data, names: Sequence[str], group: str | None, *, by_name: bool) -> Texts:
     columns = [_text_column(table, "data.text", name) for name in data.text_columns]
     groups = None
     if group is not None:
         groups = [str(g) for g in _column(table, "partition.column", group).to_pylist()]
     pairs = columns[1] if len(columns) == 2 else None
-    return Texts(columns[0], pairs, _labels(table, data, names), groups)
+    return Texts(columns[0], pairs, _labels(table, data, names, by_name=by_name), groups)
 
 
 def _split(texts: Texts, data: Data, names: Sequence[str], seed: int) -> Corpus:

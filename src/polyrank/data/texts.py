@@ -24,7 +24,7 @@ class Data(Schema):
     subset: str | None = None
     """Configuration of a hub data set, where it has several."""
     test: str | None = None
-    """A file of test texts; without one, ``test_share`` of the source is kept aside."""
+    """A file of test texts, where the source is a file; without one, ``test_share`` of it is kept aside."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     text: TextColumns | str = ("text",)
     """One text column, or two for a pair of texts."""

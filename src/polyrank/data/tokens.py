@@ -72,7 +72,7 @@ class Tokens:
 
 
 def tokenize(texts: Texts, tokenizer: Any, max_length: int) -> Tokens:
-    """Encode all texts, each cut to ``max_length`` tokens."""
+    """Encode all texts, each cut to ``max_length`` tokens; an empty text is one padding token."""
     limit = min(max_length, tokenizer.model_max_length)
     encoded = tokenizer(
         list(texts.texts),
@@ -81,7 +81,7 @@ def tokenize(texts: Texts, tokenizer: Any, max_length: int) -> Tokens:
         max_length=limit,
         padding=False,
     )
-    rows = encoded["input_ids"]
+    rows = [row or [int(tokenizer.pad_token_id)] for row in encoded["input_ids"]]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     types = None
     if texts.pairs is not None and "token_type_ids" in encoded:

@@ -6,8 +6,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from polyrank.client import ClientEnv, ClientError, handle
 from polyrank.engine.base import Answer, Client
+from polyrank.errors import first_line
 from polyrank.messages import ClientId
 from polyrank.wire import WireError
 
@@ -29,8 +32,8 @@ class EmbeddedEngine:
             payload, error = None, None
             try:
                 payload = handle(request, self.environments[client])
-            except (ClientError, WireError) as failure:
-                error = f"{type(failure).__name__}: {failure}"
+            except (ClientError, WireError, torch.OutOfMemoryError) as failure:
+                error = f"{type(failure).__name__}: {first_line(failure)}"
             yield Answer(client, payload, time.perf_counter() - start, error)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from polyrank.client import ClientEnv
 from polyrank.engine.base import Answer, Client
 from polyrank.engine.embedded import EmbeddedEngine
-from polyrank.errors import RunError
+from polyrank.errors import RunError, first_line
 from polyrank.messages import ClientId
 
 _HEAD = struct.Struct("<cbd")  # how it went, whether the client remembers something, seconds
@@ -148,8 +148,10 @@ def _serve(
 def _answer(engine: EmbeddedEngine, client: ClientId, request: bytes) -> bytes:
     try:
         (answer,) = engine.exchange({client: request})
-    except Exception:  # told to the server, which stops the run
-        return _HEAD.pack(_CRASHED, 0, 0.0) + traceback.format_exc().encode()
+    except Exception as error:  # told to the server, which stops the run; the place goes to stderr
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return _HEAD.pack(_CRASHED, 0, 0.0) + reason.encode()
     remembers = bool(engine.environments[client].folds)
     if answer.payload is None:
         return _HEAD.pack(_FAILED, remembers, answer.wall_s) + (answer.error or "").encode()

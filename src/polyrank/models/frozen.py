@@ -59,13 +59,16 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def bf16_is_fast() -> bool:
     """Whether this CPU multiplies bf16 in hardware."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(there and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_blocks(network: nn.Module, blocks: Sequence[str]) -> None:
-    """Put every linear map of the blocks on the packed path."""
+def pack_blocks(network: nn.Module, blocks: Sequence[str], trained: Sequence[str] = ()) -> None:
+    """Put every linear map of the blocks on the packed path, but those that train."""
     inside = tuple(f"{block}." for block in blocks)
     for name, module in network.named_modules():
+        if name in trained:
+            continue
         if name.startswith(inside) and linear_shape(module) is not None:
             pack(module)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from polyrank.adapter import Head
-from polyrank.errors import InputError
+from polyrank.errors import InputError, first_line
 from polyrank.models.frozen import bf16_is_fast, pack_blocks
 from polyrank.models.packing import make_ready, packed_logits
 from polyrank.models.targets import block_names
@@ -114,14 +115,14 @@ def load_base(
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = first_line(error)
         allowed = f"'{PACKAGED}', a model folder or a hub id that loads as a classifier ({reason})"
         raise InputError("model.name", name, allowed) from error
     new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
     model = prepare(network, tokenizer, source, new, device)
     if base_dtype == "bf16" and device.type == "cpu" and bf16_is_fast():
-        pack_blocks(model.network, model.blocks)
+        pack_blocks(model.network, model.blocks, model.head_modules)
     return model
 
 
@@ -135,8 +136,10 @@ def prepare(
     """
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if network.config.pad_token_id is None:
-        network.config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
+    if tokenizer is not None:
+        network.config.pad_token_id = tokenizer.pad_token_id
+    elif network.config.pad_token_id is None:
+        network.config.pad_token_id = 0
     prefix = network.base_model_prefix
     base = getattr(network, prefix)
     head = {

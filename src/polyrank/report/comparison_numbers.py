@@ -145,6 +145,8 @@ def _cohorts(cell: Cell) -> list[list[str]]:
     """The clients of every round, in the order they were sampled."""
     cohorts: dict[int, list[str]] = {}
     for row in cell.clients:
+        if not row.get("aggregated", True):
+            continue  # trained only to be scored
         cohorts.setdefault(row["round"], []).append(row["client"])
     return [cohorts[round_] for round_ in sorted(cohorts)]
 
