@@ -51,6 +51,12 @@ def write_report(folder: RunFolder) -> None:
             [client["label_counts"] for client in partition["clients"]],
         ),
     }
+    client_scores = folder.read_rows("client_scores.jsonl")
+    if client_scores:
+        accuracies = sorted(row["accuracy"] for row in client_scores)
+        places = list(range(1, len(accuracies) + 1))
+        name = "Accuracy on each client's own texts, from the least"
+        figures[name] = bars("client", places, {"accuracy": accuracies})
     page = _template().render(
         summary=summary,
         headline=_headline(summary),

@@ -1,0 +1,186 @@
+"""Training steps per CPU-second: polyrank against a plain transformers + PEFT loop, on the same work.
+
+    python benchmarks/engine.py --out DATED.json
+
+One thread, the two sides take turns within one process; medians of the ratios over the pairs, with the
+least and the most. Every row first checks that both sides end in the same adapter (fp32 rows) or close to it (bf16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+
+from polyrank.adapter import Adapter, full_mask, new_adapter
+from polyrank.client import ClientEnv, batches, train
+from polyrank.data.docstrings import load_docstrings
+from polyrank.data.tokens import Tokens, tokenize
+from polyrank.ledger import versions
+from polyrank.messages import Training, TrainTask
+from polyrank.models.load import load_base, packaged_model, read_head
+from polyrank.models.prefix import PrefixCache, can_skip
+from polyrank.models.targets import resolve_targets
+
+STEPS, BATCH, RANK, CLASSES = 10, 8, 8, 8
+Work = Callable[[], dict[str, torch.Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--pairs", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    full, real = full_tokens(), docstrings()
+    rows = [
+        measure("all blocks, 64 full tokens, fp32", given.pairs, full, "fp32", 6),
+        measure("all blocks, docstrings, fp32", given.pairs, real, "fp32", 6),
+        measure("all blocks, 64 full tokens, bf16 base", given.pairs, full, "bf16", 6),
+        measure("all blocks, docstrings, bf16 base", given.pairs, real, "bf16", 6),
+    ]
+    for top in (3, 2, 1):
+        work = f"top {top} of 6 blocks, 64 full tokens, fp32, prefix kept"
+        rows.append(measure(work, given.pairs, full, "fp32", top))
+    print(
+        "| work | ratio (least to most) | polyrank steps per CPU-s | largest difference |\n|---|---|---|---|"
+    )
+    for row in rows:
+        span = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
+        print(f"| {row['work']} | {span} | {row['steps_per_cpu_s']:.1f} | {row['difference']:.1e} |")
+    if given.out is not None:
+        ratios = {row["work"]: row["ratio"] for row in rows}
+        content = {"date": str(datetime.date.today()), "versions": versions(), "ratios": ratios, "rows": rows}
+        given.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def measure(work: str, pairs: int, data: Tokens, base_dtype: Any, top: int) -> dict[str, Any]:
+    """One row of the table: our session against the plain loop, in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours, plain = our_session(data, base_dtype, top, Path(folder)), plain_session(data, top)
+        first, second = ours(), plain()
+        scale = max(float(t.abs().max()) for t in second.values())
+        difference = max(float((first[n] - t).abs().max()) for n, t in second.items()) / scale
+        assert difference < (1e-3 if base_dtype == "fp32" else 0.2), difference
+        ratios, spent = [], []
+        for _ in range(pairs):
+            ours_s, plain_s = cpu_seconds(ours), cpu_seconds(plain)
+            ratios.append(plain_s / ours_s)
+            spent.append(ours_s)
+    return {
+        "work": work,
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "steps_per_cpu_s": STEPS / statistics.median(spent),
+        "difference": difference,
+    }
+
+
+def our_session(data: Tokens, base_dtype: Any, top: int, folder: Path) -> Work:
+    """Local training of one client through polyrank; returns the trained B of each module."""
+    model = load_base("minilm", [str(i) for i in range(CLASSES)], 0, torch.device("cpu"), base_dtype)
+    model = dataclasses.replace(model, skips=can_skip(model))
+    env = ClientEnv(model, data, prefix=PrefixCache(folder, 10**9))
+    task = task_for(start_of(model, top), read_head(model))
+
+    def work() -> dict[str, torch.Tensor]:
+        return {name: f.B for name, f in train(task, env).adapter.modules.items()}
+
+    return work
+
+
+def plain_session(data: Tokens, top: int) -> Work:
+    """The same steps as a plain loop over a PEFT model would do them."""
+    model = load_base("minilm", [str(i) for i in range(CLASSES)], 0, torch.device("cpu"))
+    start, head = start_of(model, top), read_head(model)
+    task = task_for(start, head)
+    base = AutoModelForSequenceClassification.from_pretrained(packaged_model(), num_labels=CLASSES)
+    base.load_state_dict(dict(head), strict=False)
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=RANK, lora_alpha=2 * RANK, target_modules=list(start.modules), lora_dropout=0.0
+    )
+    peft = get_peft_model(base, config)
+    peft.eval()
+    initial = {name: p.detach().clone() for name, p in peft.named_parameters() if p.requires_grad}
+    for name, factors in start.modules.items():
+        initial[f"base_model.model.{name}.lora_A.default.weight"] = factors.A
+
+    def work() -> dict[str, torch.Tensor]:
+        parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(initial[name])
+        optimizer = torch.optim.SGD(parameters.values(), lr=task.training.learning_rate)
+        for rows in batches(len(data), task.training, task.seed):
+            inputs, labels = data.batch(rows, torch.device("cpu"))
+            loss = F.cross_entropy(peft(**inputs).logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss.item()
+        return {
+            name: parameters[f"base_model.model.{name}.lora_B.default.weight"].detach().clone()
+            for name in start.modules
+        }
+
+    return work
+
+
+def start_of(model: Any, top: int) -> Adapter:
+    """A fresh adapter on q, k, v of the last ``top`` blocks."""
+    shapes = resolve_targets(model.network, model.blocks, "attention")
+    upper = tuple(f"{block}." for block in model.blocks[len(model.blocks) - top :])
+    kept = {name: shape for name, shape in shapes.items() if name.startswith(upper)}
+    return new_adapter(kept, form="lora", rank=RANK, scale=2.0, seed=0)
+
+
+def task_for(adapter: Adapter, head: Any) -> TrainTask:
+    """Ten steps of plain SGD, so that both sides can be compared number by number."""
+    training = Training(
+        optimizer="sgd", learning_rate=0.05, local_steps=STEPS, batch_size=BATCH, clip_norm=0.0
+    )
+    mask = full_mask(adapter)
+    return TrainTask(0, "c", 5, mask, mask, adapter, head, training)
+
+
+def full_tokens() -> Tokens:
+    """80 texts of exactly 64 tokens."""
+    draw = np.random.default_rng(0)
+    ids = draw.integers(1_000, 20_000, 80 * 64).astype(np.int32)
+    return Tokens(ids, None, np.arange(81) * 64, draw.integers(0, CLASSES, 80), 0)
+
+
+def docstrings() -> Tokens:
+    """80 real texts of unequal length."""
+    model = load_base("minilm", ["a", "b"], 0, torch.device("cpu"))
+    return tokenize(load_docstrings().train.select(range(80)), model.tokenizer, 128)
+
+
+def cpu_seconds(work: Work) -> float:
+    """CPU-seconds of this process for one call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()
