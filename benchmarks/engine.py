@@ -3,7 +3,8 @@
     python benchmarks/engine.py --out DATED.json
 
 One thread, the two sides take turns within one process; medians of the ratios over the pairs, with the
-least and the most. Every row first checks that both sides end in the same adapter (fp32 rows) or close to it (bf16).
+least and the most. Every row first checks that both sides end in the same adapter (fp32 rows) or close
+to it (bf16).
 """
 
 from __future__ import annotations

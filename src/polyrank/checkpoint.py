@@ -41,6 +41,7 @@ def save_state(state: ServerState, path: Path) -> None:
         "clients": {name: asdict(record) for name, record in state.clients.items()},
     }
     save_file(tensors, path, metadata={"polyrank": json.dumps(meaning)})
+    path.chmod(0o644)
 
 
 def load_state(path: Path) -> ServerState:

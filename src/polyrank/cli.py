@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import polyrank
 from polyrank.errors import InputError, RunError
 
 app = typer.Typer(
@@ -17,6 +21,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune one language model across many devices with low-rank adapters of unequal rank.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def front(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Fine-tune one language model across many devices with low-rank adapters of unequal rank."""
+    if version:
+        typer.echo(polyrank.__version__)
+        raise typer.Exit
+
 
 ConfigArgument = Annotated[Path | None, typer.Argument(help="A TOML file; none for the quick start.")]
 SetOption = Annotated[
@@ -47,8 +62,12 @@ def run(
     folder = open_folder(experiment, out)
     rows = conduct(experiment, folder)
     summary: dict[str, Any] = {}
-    for row in rows if as_json else show(rows, resolved.rounds):
-        summary = row
+    try:
+        for row in rows if as_json else show(rows, resolved.rounds):
+            summary = row
+    except KeyboardInterrupt:
+        typer.echo(f"polyrank: stopped; {folder.path} holds the rounds until here", err=True)
+        sys.exit(130)
     if as_json:
         _print_json({"run": str(folder.path), **summary})
         return
@@ -132,8 +151,9 @@ def methods(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(cards)
         return
-    columns = ("title", "paper", "travels", "exactness", "needs")
-    _print_table(["method", *columns], [[n, *(c[k] for k in columns)] for n, c in cards.items()])
+    for name, card in cards.items():
+        typer.secho(name, bold=True)
+        _print_fields({key: card[key] for key in ("title", "paper", "travels", "exactness", "needs")})
 
 
 @app.command()
@@ -145,30 +165,46 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(findings)
     else:
-        _print_table(["what", "found"], [[name, str(value)] for name, value in findings.items()])
+        _print_fields({name: str(value) for name, value in findings.items()})
 
 
 def _print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, show_lines=len(columns) > 2)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+def _print_fields(fields: Mapping[str, str]) -> None:
+    """One field per line, its text wrapped to the terminal."""
+    width = max(len(name) for name in fields) + 2
+    columns = shutil.get_terminal_size((100, 24)).columns
+    for name, text in fields.items():
+        lead = f"  {name:<{width}}"
+        wrapped = textwrap.fill(
+            text,
+            max(columns, 60),
+            initial_indent=lead,
+            subsequent_indent=" " * len(lead),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        typer.echo(wrapped)
 
 
 def main() -> None:
     """Exit code 2 for bad input and 1 for a run that could not go on, each with one clear line."""
+    code = 0
     try:
-        app()
+        code = app(standalone_mode=False) or 0
     except InputError as error:
-        print(f"polyrank: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _complain(str(error), 2)
+    except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]  # any misuse of the command line
+        code = _complain(f"{error.format_message()} (see polyrank --help)", 2)
     except RunError as error:
-        print(f"polyrank: {error}", file=sys.stderr)
-        sys.exit(1)
+        code = _complain(str(error), 1)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _complain("stopped", 130)
+    sys.exit(code)
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"polyrank: {line}", file=sys.stderr)
+    return code

@@ -118,7 +118,8 @@ class Config(Schema):
     def _fits_together(self) -> Self:
         rank = self.allocation.max_rank
         if rank is not None and rank > self.adapter.rank:
-            raise InputError("allocation.rank", rank, f"at most adapter.rank, {self.adapter.rank}")
+            key = {"tiers": "tiers", "loss_based": "high_rank"}.get(self.allocation.kind, "rank")
+            raise InputError(f"allocation.{key}", rank, f"at most adapter.rank, {self.adapter.rank}")
         moving = isinstance(self.aggregation, PRODUCT_SPACE) or (
             isinstance(self.aggregation, Anchored) and self.aggregation.space == "product"
         )
@@ -176,8 +177,13 @@ def make_config(given: Mapping[str, Any]) -> Config:
 
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise InputError("CONFIG", str(path), "cannot be read: no such file")
+    if path.suffix != ".toml":
+        allowed = "must be a .toml file; texts are named by --set data.source=FILE"
+        raise InputError("CONFIG", str(path), allowed)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("CONFIG", str(path), f"cannot be read ({type(error).__name__})") from error
     except tomllib.TOMLDecodeError as error:
@@ -216,9 +222,13 @@ def _as_input_error(error: ValidationError) -> InputError:
             tags = first["ctx"]["expected_tags"].replace("'", "").split(", ")
             tag = first["ctx"]["tag"]
             return InputError(f"{key}.kind", tag, choices(tag, tags))
+        case "missing":
+            return InputError(key, None, "must be given")
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return InputError(key, value, "must be a table of keys")
         case _:
-            message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            return InputError(key or "config", value, message)
+            message = first["msg"].removeprefix("Value error, ")
+            return InputError(key or "config", value, message.replace("Input should be", "must be"))
 
 
 def _walk(loc: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:

@@ -48,6 +48,7 @@ from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
 from polyrank.report import write_report
 from polyrank.round import Federation, evaluate_clients, federated_round
+from polyrank.sampling import SampleCount
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState
 
@@ -105,6 +106,10 @@ def prepare(config: Config) -> Experiment:
     model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype)
     model = replace(model, skips=can_skip(model))
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
+    width = min(min(shape) for shape in shapes.values())
+    if config.adapter.rank > width:
+        allowed = f"at most the width of the narrowest adapted map, {width}"
+        raise InputError("adapter.rank", config.adapter.rank, allowed)
     adapter = new_adapter(
         shapes,
         form=config.adapter.form,
@@ -113,6 +118,8 @@ def prepare(config: Config) -> Experiment:
         seed=config.seed,
     )
     encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
+        raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
     if isinstance(config.allocation, Tiers):
         config.allocation.ranks([rows.client for rows in clients], config.seed)  # refuses unknown names
     cache = _prefix_cache(config)

@@ -20,7 +20,7 @@ from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
 from polyrank.ledger import RunFolder, refuse_existing
 from polyrank.lowrank import fold
-from polyrank.models.load import BaseModel, load_base, pick_device, write_head
+from polyrank.models.load import BaseModel, load_base, pick_device, quiet, write_head
 from polyrank.state import ServerState
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,6 +35,7 @@ def export_adapter(model: BaseModel, state: ServerState, path: Path) -> None:
     path.mkdir()
     adapter = served_adapter(state)
     save_file(peft_tensors(adapter, state), path / WEIGHTS_FILE, metadata={"format": "pt"})
+    (path / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable for its owner alone
     config = peft_config(model, adapter)
     text = json.dumps(config, indent=2, sort_keys=True)
     (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
@@ -80,8 +81,10 @@ def export_run(run: Path, out: Path, *, merged: bool) -> Path:
         return out
     write_head(model, state.head)
     fold(model.network, served_adapter(state))
-    model.network.save_pretrained(out)
-    model.tokenizer.save_pretrained(out)
+    with quiet():
+        model.network.save_pretrained(out)
+        model.tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     return out
 
 

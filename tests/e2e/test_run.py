@@ -241,3 +241,17 @@ def test_a_run_for_machines_prints_json_alone(tiny_settings, tmp_path):
     assert set(printed) >= SUMMARY_KEYS
     assert (tmp_path / printed["run"] / "summary.json").exists()
     assert printed["run"].startswith("runs/fedit-texts-1")
+
+
+@pytest.mark.parametrize(
+    "words", [["runn"], ["run", "--sett", "x"], ["export"], ["compare", "--seeds", "x", "fedit"]]
+)
+def test_misuse_of_the_command_line_is_one_line(words):
+    done = polyrank_command(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("polyrank: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_version():
+    assert polyrank_command("--version").stdout.strip() == polyrank.__version__

@@ -59,9 +59,12 @@ def test_tiers_by_name_and_the_rest_hold_everything():
         ("allocation={kind='tiers', tiers=[]}", "allocation.tiers = .*at least 1 item"),
         (
             "allocation={kind='tiers', tiers=[{rank=9, share=1.0}]}",
-            "allocation.rank = 9: at most adapter.rank, 8",
+            "allocation.tiers = 9: at most adapter.rank, 8",
         ),
-        ("allocation={kind='loss_based', high_rank=20}", "allocation.rank = 20: at most adapter.rank, 8"),
+        (
+            "allocation={kind='loss_based', high_rank=20}",
+            "allocation.high_rank = 20: at most adapter.rank, 8",
+        ),
     ],
 )
 def test_mistakes_in_tiers_are_named(setting, line):

@@ -48,8 +48,8 @@ def test_every_recipe_gives_a_config():
         ("roundz=3", r"roundz = 3: unknown key; did you mean 'rounds'\? one of: method, seed, rounds"),
         ("training.learning_rat=1", "training.learning_rat = 1: unknown key; did you mean 'learning_rate'"),
         ("partition.alhpa=1", "partition.alhpa = 1: unknown key; did you mean 'alpha'"),
-        ("rounds=many", "rounds = 'many': .*integer"),
-        ("rounds=0", "rounds = 0: .*greater than or equal to 1"),
+        ("rounds=many", "rounds = 'many': must be a valid integer"),
+        ("rounds=0", "rounds = 0: must be greater than or equal to 1"),
         ("training.learning_rate=-1", "training.learning_rate = -1: .*greater than 0"),
         ("training.learning_rate=nan", "training.learning_rate = nan: .*finite"),
         ("training.optimizer=adam", "training.optimizer = 'adam': must be 'adamw' or 'sgd'"),
@@ -65,8 +65,8 @@ def test_every_recipe_gives_a_config():
         ("training.prune_penalty=0.5", "training.prune_penalty = 0.5: needs prune_keep"),
         ("allocation={kind='loss_based', high_rank=8}", "aggregation.kind = 'fedavg': needs equal ranks"),
         ("rounds", "--set = 'rounds': must look like key=value"),
-        ("data=3", "data = 3: .*dictionary"),
-        ("partition.kind=natural", "partition.column = .*required"),
+        ("data=3", "data = 3: must be a table of keys"),
+        ("partition.kind=natural", "partition.column = None: must be given"),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_choices(setting, line):

@@ -85,14 +85,23 @@ BAD = [
         "data.label = 'label': labels must be whole numbers or text, .*double",
     ),
     ({}, [{"text": "t", "label": -1}], "data.label = -1: label outside range"),
-    ({}, [{"text": "t", "label": 10**7}], "data.label = 10000000: label outside range"),
+    ({}, [GOOD, GOOD], "data.label = 'label': needs at least two labels; all are 'a'"),
+    (
+        {},
+        [{"text": "t", "label": i} for i in range(9)],
+        "data.label = 'label': holds 9 different labels on 9",
+    ),
     (
         {"labels": ("x", "y")},
         [{"text": "t", "label": 2}],
         "data.label = 2: label outside range; 2 labels, so 0 to 1",
     ),
     ({"labels": ("x", "y")}, [GOOD], "data.label = 'a': unknown label; one of: x, y"),
-    ({}, [GOOD], "data.test_share = 0.2: leaves train or test empty"),
+    (
+        {"test_share": 0.1},
+        [GOOD, GOOD, {**GOOD, "label": "b"}, {**GOOD, "label": "b"}],
+        "data.test_share = 0.1",
+    ),
 ]
 
 
@@ -118,7 +127,7 @@ def test_more_defects_of_files(tmp_path):
     with pytest.raises(InputError, match="the folder holds no train file"):
         load_corpus(Data(source=str(tmp_path / "empty")), 0)
     rows = write(tmp_path / "null.parquet", [GOOD, {"text": "t", "label": None}], "parquet")
-    with pytest.raises(InputError, match="row 1 has no label"):
+    with pytest.raises(InputError, match="text 2 .from 1, header not counted. has no label"):
         load_corpus(Data(source=rows), 0)
     with pytest.raises(
         InputError, match="partition.column = 'site': the built-in docstrings have no such column"
@@ -131,6 +140,27 @@ def test_labels_are_read_the_same_way_in_train_and_test(tmp_path):
     test = write(tmp_path / "test.csv", [{"text": "t", "label": i} for i in (1, 2)])
     corpus = load_corpus(Data(source=train, test=test, labels=("1", "2", "3")), 0)
     assert list(corpus.test.labels) == [1, 2]  # positions, as in train, where 0 occurs
+
+
+def test_whole_numbers_are_labels_by_value(tmp_path):
+    rows = [{"text": "t", "label": [5, 1, 2003][i % 3]} for i in range(30)]
+    assert list(load_corpus(Data(source=write(tmp_path / "i.csv", rows)), 0).label_names) == [
+        "1",
+        "5",
+        "2003",
+    ]
+    floats = [{"text": "t", "label": [1.0, 5.0][i % 2]} for i in range(20)]
+    path = write(tmp_path / "f.parquet", floats, "parquet")
+    assert list(load_corpus(Data(source=path), 0).label_names) == ["1", "5"]
+
+
+def test_files_that_are_not_utf8_say_so(tmp_path):
+    (tmp_path / "x.csv").write_bytes("text,label\ncaf\xe9,a\n".encode("latin-1"))
+    with pytest.raises(InputError, match="data.text = 'text': holds bytes that are not UTF-8"):
+        load_corpus(Data(source=str(tmp_path / "x.csv")), 0)
+    (tmp_path / "h.csv").write_text("text,label\n")
+    with pytest.raises(InputError, match="the file has a header but no rows"):
+        load_corpus(Data(source=str(tmp_path / "h.csv")), 0)
 
 
 def test_odd_tables(tmp_path, minilm):
@@ -236,7 +266,10 @@ def test_partitions_have_the_skew_they_are_named_for():
     [
         (Iid(clients=601), "partition.clients = 601: at most one client per train text, and there are 600"),
         (Dirichlet(clients=1, iid_share=0.5), "partition.iid_share = 0.5: leaves no client for the rest"),
-        (Dirichlet(clients=100, alpha=0.01), "partition.kind = 'dirichlet': leaves a client without enough"),
+        (
+            Dirichlet(clients=100, alpha=0.01),
+            "partition.kind = 'dirichlet': cannot be drawn from 600 texts .*clients = 100, alpha = 0.01",
+        ),
         (
             Pathological(labels_per_client=9),
             "partition.labels_per_client = 9: at most the number of labels, 6",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ class Dirichlet(Schema):
     kind: Literal["dirichlet"] = "dirichlet"
     clients: Count = 20
     alpha: Annotated[float, Field(gt=0)] = 1.0
-    min_examples: Count = 8
+    min_examples: Count = 2
     """Draw again (ten times) until every client has so many."""
     balanced: bool = False
     """Keep client sizes near the mean."""
@@ -134,13 +136,16 @@ def _split(
         columns["group"] = [texts.groups[row] for row in order]
     partitioner.dataset = Dataset.from_dict(columns)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # and no progress bars of a partitioner
             count = partitioner.num_partitions
             return [partitioner.load_partition(index)["row"][:] for index in range(count)]
     except ValueError as error:
-        reason = " ".join(str(error).split())[:160]
-        allowed = f"leaves a client without enough examples; use fewer clients or less skew ({reason})"
+        shown = ", ".join(f"{k} = {v}" for k, v in partition.model_dump().items() if k != "kind")
+        allowed = (
+            f"cannot be drawn from {len(order)} texts without leaving a client with too few; "
+            f"use fewer clients or less skew (now {shown})"
+        )
         raise InputError("partition.kind", partition.kind, allowed) from error
 
 

@@ -37,6 +37,8 @@ def load_corpus(data: Data, seed: int, group: str | None = None) -> Corpus:
         corpus = load_docstrings()
     else:
         train, test = _tables(data)
+        for name in data.text_columns:
+            _text_column(train, "data.text", name)  # defects of the texts are told first
         names = data.labels or _label_names(train, data)
         by_name = _are_names(train, data, names)
         texts = _texts(train, data, names, group, by_name=by_name)
@@ -73,7 +75,9 @@ def read_table(path: Path, key: str) -> pa.Table:
     try:
         table: pa.Table = readers[ending]()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(key, str(path), f"cannot be read as {ending[1:]} ({first_line(error)})") from error
+        hint = "; a .csv is cut at commas, a .tsv at tabs" if ending in (".csv", ".tsv") else ""
+        allowed = f"cannot be read as {ending[1:]} ({first_line(error)}){hint}"
+        raise InputError(key, str(path), allowed) from error
     twice = next((n for n in table.column_names if table.column_names.count(n) > 1), None)
     if twice is not None:
         raise InputError(key, str(path), f"has two columns named {twice!r}")
@@ -145,47 +149,50 @@ def _column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
     if isinstance(column.type, pa.DictionaryType):
         column = pc.cast(column, column.type.value_type)
     if len(column) == 0:
-        raise InputError(key, name, "the column is empty")
+        raise InputError(key, name, "the file has a header but no rows")
     return column
 
 
 def _text_column(table: pa.Table, key: str, name: str) -> list[str]:
     column = _column(table, key, name)
+    if pa.types.is_binary(column.type):
+        raise InputError(key, name, "holds bytes that are not UTF-8; save the file as UTF-8")
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise InputError(key, name, f"must be a text column, but holds {column.type}")
     return [text if text is not None else "" for text in column.to_pylist()]
 
 
 def _label_names(table: pa.Table, data: Data) -> tuple[str, ...]:
-    """Sorted names of a text column, or 0..largest of an integer column."""
+    """The distinct labels, sorted; whole numbers by value."""
+    column = _label_column(table, data)
+    values = pc.unique(column).to_pylist()
+    if pa.types.is_integer(column.type) and min(values) < 0:
+        raise InputError("data.label", min(values), "label outside range; whole numbers from 0 on, or text")
+    if len(values) < 2:
+        raise InputError("data.label", data.label, f"needs at least two labels; all are {values[0]!r}")
+    if 2 * len(values) > len(column):
+        allowed = f"holds {len(values)} different labels on {len(column)} texts, which is too many to learn"
+        raise InputError("data.label", data.label, allowed)
+    return tuple(str(value) for value in sorted(values))
+
+
+def _label_column(table: pa.Table, data: Data) -> pa.ChunkedArray:
+    """The labels as whole numbers, booleans or text; 1.0 counts as 1, as spreadsheets write it."""
     column = _column(table, "data.label", data.label)
-    _refuse_missing(column, data)
-    if pa.types.is_integer(column.type):
-        low, high = pc.min(column).as_py(), pc.max(column).as_py()
-        if low < 0 or high > 9_999:
-            value = low if low < 0 else high
-            allowed = "label outside range; integer labels run from 0 to at most 9999"
-            raise InputError("data.label", value, allowed)
-        return tuple(str(index) for index in range(high + 1))
-    if pa.types.is_boolean(column.type):
-        return ("False", "True")
-    return tuple(sorted(str(value) for value in pc.unique(column).to_pylist()))
-
-
-def _refuse_missing(column: pa.ChunkedArray, data: Data) -> None:
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True) + 1
+        raise InputError("data.label", data.label, f"text {row} (from 1, header not counted) has no label")
+    if pa.types.is_floating(column.type) and all(value.is_integer() for value in column.to_pylist()):
+        column = pc.cast(column, pa.int64())
     kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     if not any(is_kind(column.type) for is_kind in kinds):
         allowed = f"labels must be whole numbers or text, but the column holds {column.type}"
         raise InputError("data.label", data.label, allowed)
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        raise InputError("data.label", data.label, f"row {row} has no label")
+    return column
 
 
 def _labels(table: pa.Table, data: Data, names: Sequence[str], *, by_name: bool) -> list[int]:
-    column = _column(table, "data.label", data.label)
-    _refuse_missing(column, data)
-    values: list[Any] = column.to_pylist()
+    values: list[Any] = _label_column(table, data).to_pylist()
     index = {name: position for position, name in enumerate(names)}
     if by_name:
         for value in values:
@@ -201,7 +208,7 @@ def _labels(table: pa.Table, data: Data, names: Sequence[str], *, by_name: bool)
 
 def _are_names(table: pa.Table, data: Data, names: Sequence[str]) -> bool:
     """Whether the train labels are names; otherwise they are positions in the list of names."""
-    column = _column(table, "data.label", data.label)
+    column = _label_column(table, data)
     return not pa.types.is_integer(column.type) or set(map(str, pc.unique(column).to_pylist())) <= set(names)
 
 

@@ -102,8 +102,10 @@ def load_base(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source = str(packaged_model()) if name == PACKAGED else name
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise InputError("model.name", name, f"no such folder; '{PACKAGED}', a model folder or a hub id")
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "head"))
             tokenizer = AutoTokenizer.from_pretrained(source)
             network, info = AutoModelForSequenceClassification.from_pretrained(
@@ -189,9 +191,13 @@ def _inside(name: str, others: set[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no advice while a model loads."""
+def quiet() -> Iterator[None]:
+    """No progress bars, no advice and no retry notes while a library loads or saves."""
+    import logging as standard
+
     from transformers.utils import logging
+
+    standard.getLogger("huggingface_hub").setLevel(standard.CRITICAL)
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

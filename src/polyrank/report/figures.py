@@ -51,7 +51,7 @@ def curve(x_label: str, lines: Mapping[str, Line], level: tuple[str, float] | No
             axes.plot(x, y, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.8)
         if level is not None:
             axes.axhline(level[1], color=INK, linestyle="--", linewidth=1, label=level[0])
-        _integer_ticks(axes)
+        _integer_ticks(axes, max((max(x, default=1) for x, _ in lines.values()), default=1))
         return _svg(figure, axes)
 
 
@@ -63,7 +63,7 @@ def bars(x_label: str, x: Sequence[float], stacks: Mapping[str, Sequence[float]]
         for (name, heights), colour in zip(stacks.items(), SERIES, strict=False):
             axes.bar(x, heights, bottom=bottom, color=colour, label=name, width=0.7)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        _integer_ticks(axes)
+        _integer_ticks(axes, max(x, default=1))
         return _svg(figure, axes)
 
 
@@ -77,7 +77,7 @@ def label_histogram(
     shown = list(range(min(len(clients), most)))
     group = -(-len(labels) // len(SERIES))
     with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(6.4, 0.7 + 0.2 * len(shown)))
+        figure = Figure(figsize=(6.4, 1.4 + 0.2 * len(shown)))
         axes = figure.add_subplot()
         left = [0] * len(shown)
         for index, first in enumerate(range(0, len(labels), group)):
@@ -88,7 +88,9 @@ def label_histogram(
             left = [low + width for low, width in zip(left, widths, strict=True)]
         axes.set_yticks(shown, [clients[row][:24] for row in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("train texts")
+        left_out = f" (the first {len(shown)} of {len(clients)} clients)" if len(shown) < len(clients) else ""
+        axes.set_xlabel(f"train texts{left_out}")
+        axes.margins(y=0.01)
         return _svg(figure, axes)
 
 
@@ -99,14 +101,17 @@ def _axes(x_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _integer_ticks(axes: Axes) -> None:
+def _integer_ticks(axes: Axes, last: float) -> None:
+    if last <= 1:  # a run of one round
+        axes.set_xlim(0, 2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _svg(figure: Figure, axes: Axes) -> Markup:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper left", ncols=4, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.93 - 0.02 * max(0, (len(names) - 1) // 4)))
+    legend_inches = 0.12 + 0.19 * (1 + (len(names) - 1) // 4)
+    figure.tight_layout(rect=(0, 0, 1, 1 - legend_inches / figure.get_figheight()))
     target = io.StringIO()
     figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = target.getvalue()
