@@ -44,7 +44,8 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
     from studies.replication_padding import run as study
 
     given = study.config(folder, seed, {"adapter": {"rank": study.HIGH}})
-    given["data"]["max_train"] = 12_000
+    given["data"] |= {"max_train": 12_000, "max_test": 500}
+    given["model"]["max_length"] = 40
     given["training"] = {"learning_rate": 5e-3, "local_epochs": 3}
     experiment = prepare(make_config(given))
     fed, state = experiment.federation, experiment.start

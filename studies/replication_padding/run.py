@@ -62,8 +62,8 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "rounds": ROUNDS,
         "engine": {"workers": 1},
-        "model": {"base_dtype": "bf16", "max_length": 40},
-        "data": {"source": str(folder), "max_train": 5_000, "max_test": 500},
+        "model": {"base_dtype": "bf16", "max_length": 32},
+        "data": {"source": str(folder), "max_train": 3_500, "max_test": 400},
         "partition": {
             "kind": "dirichlet",
             "clients": 100,
