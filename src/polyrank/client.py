@@ -235,7 +235,8 @@ def _in_bank(trained: RankMask, kept: RankMask) -> RankMask:
 def _optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     rate, decay = training.learning_rate, training.weight_decay
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        fused = parameters[0].device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=fused)
     return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=training.momentum)
 
 

@@ -23,7 +23,7 @@ def test_a_layout_packs_and_pads():
     x = torch.arange(6.0).view(2, 3, 1)
     assert layout.pack(x).flatten().tolist() == [0, 1, 3]
     assert layout.pad(layout.pack(x)).flatten().tolist() == [0, 1, 0, 3, 0, 0]
-    assert layout_of(torch.ones(2, 3)) is None
+    assert layout.first.tolist() == [0, 2]
 
 
 def test_who_packs_and_who_takes_the_plain_path():
@@ -48,6 +48,26 @@ def test_training_ends_in_the_same_adapter(family, form):
     packed, padded = (train(task, ClientEnv(m, data)) for m in (model, plain))
     moved = largest_difference(padded.adapter, task.adapter)
     assert largest_difference(packed.adapter, padded.adapter) < 1e-4 * moved
+
+
+@pytest.mark.parametrize("family", sorted(PACK - {"albert"}))
+def test_the_last_block_runs_for_first_tokens_alone(family):
+    """But for its keys and values; ALBERT's one block cannot know when it runs for the last time."""
+    model = tiny_model(family)
+    last = model.network.get_submodule(model.blocks[-1])
+    rows = {}
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: rows.__setitem__(name, out.shape[1]))
+        for name, module in last.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    predict(model, tokens(6), 6)
+    for hook in hooks:
+        hook.remove()
+    total = int(tokens(6).starts[-1])
+    wide = {name for name, count in rows.items() if count == total}
+    assert {name.rpartition(".")[2] for name in wide} in ({"key", "value"}, {"k_lin", "v_lin"})
+    assert {count for name, count in rows.items() if name not in wide} == {6}
 
 
 @packing_families

@@ -188,7 +188,7 @@ def _entering(model: BaseModel, inputs: Mapping[str, Tensor], depth: int) -> Ten
     def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise _Reached(args[0])
 
-    watch = model.network.get_submodule(model.blocks[depth]).register_forward_pre_hook(stop)
+    watch = model.network.get_submodule(model.blocks[depth]).register_forward_pre_hook(stop, prepend=True)
     try:
         logits_of(model, inputs)
     except _Reached as reached:
@@ -200,10 +200,7 @@ def _entering(model: BaseModel, inputs: Mapping[str, Tensor], depth: int) -> Ten
 
 def _shaped(model: BaseModel, rows: Tensor, attention_mask: Tensor) -> Tensor:
     """Rows [N, H] as the blocks expect them: [1, N, H] where they run packed, [B, T, H] otherwise."""
-    layout = layout_of(attention_mask)
-    if layout is None:
-        return rows.view(*attention_mask.shape, -1)
-    return rows[None] if model.packs else layout.pad(rows[None])
+    return rows[None] if model.packs else layout_of(attention_mask).pad(rows[None])
 
 
 class _Feed(nn.Module):
