@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CODE := src tests studies examples benchmarks
 
 .PHONY: install run test check slow clean
 
@@ -21,8 +22,8 @@ test: check
 	$(BIN)/python -m pytest
 
 check: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
 slow: install
