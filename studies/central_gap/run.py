@@ -1,8 +1,8 @@
 """How far federated LoRA stays behind central training with the same code and as many steps.
 
 AG News, 20 clients, Dirichlet 0.5, 10 per round, rank 8, against one client that holds all texts and
-takes as many local steps as the whole cohort together. Each arm has the better of two learning rates,
-2e-3 and 5e-3, in a first run on another seed; accuracy is on the whole test set.
+takes as many local steps as the whole cohort together. The federated rate is the better of 2e-3 and
+5e-3 in a first run on another seed, central training was tried at 2e-3; whole test set.
 
     python -m studies.central_gap.run --data DATA --out OUT
 """
