@@ -57,12 +57,12 @@ def write_report(folder: RunFolder) -> None:
         places = list(range(1, len(accuracies) + 1))
         name = "Accuracy on each client's own texts, from the least"
         figures[name] = bars("client", places, {"accuracy": accuracies})
-    page = _template().render(
+    page = template("report.html.j2").render(
         summary=summary,
         headline=_headline(summary),
         figures=figures,
-        config=_flat(folder.read("config.json")),
-        versions=_flat(folder.read("versions.json")),
+        config=dotted(folder.read("config.json")),
+        versions=dotted(folder.read("versions.json")),
         num_clients=len(partition["clients"]),
     )
     (folder.path / "report.html").write_text(page, encoding="utf-8")
@@ -80,17 +80,18 @@ def _headline(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested tables as dotted keys."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = "" if value is None else str(value)
     return flat
 
 
-def _template() -> Any:
-    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+def template(name: str) -> Any:
+    """One of the page templates of this package, by file name."""
+    source = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(source)

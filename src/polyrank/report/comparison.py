@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from polyrank.config import Config
 from polyrank.errors import InputError
 from polyrank.ledger import RunFolder
-from polyrank.report import _flat
+from polyrank.report import dotted, template
 from polyrank.report.comparison_figures import comparison_figures
 from polyrank.report.comparison_numbers import (
     Cell,
@@ -62,7 +59,7 @@ def write_comparison(out: Path, target: float | None = None) -> dict[str, Any]:
     folder.write("compare.json", content)
     columns, notes = table_columns(content), table_notes(content, plan, cells)
     (out / "compare.md").write_text(_markdown(columns, notes), encoding="utf-8")
-    page = _template().render(
+    page = template("comparison.html.j2").render(
         labels=labels,
         columns=columns,
         notes=notes,
@@ -148,8 +145,8 @@ def table_notes(content: Mapping[str, Any], plan: Mapping[str, Any], cells: Sequ
 
 def config_differences(plan: Mapping[str, Any]) -> dict[str, str]:
     """What all arms set apart from the defaults, and for each arm the keys in which the arms differ."""
-    defaults = _flat(Config().model_dump(mode="json", exclude={"seed"}))
-    configs = {arm["label"]: _flat(arm["config"]) for arm in plan["arms"]}
+    defaults = dotted(Config().model_dump(mode="json", exclude={"seed"}))
+    configs = {arm["label"]: dotted(arm["config"]) for arm in plan["arms"]}
     first = next(iter(configs.values()))
     shared = {k for k in first if all(k in c and c[k] == first[k] for c in configs.values())}
     set_by_all = [f"{k} = {first[k]}" for k in first if k in shared and defaults.get(k) != first[k]]
@@ -181,8 +178,3 @@ def _markdown(columns: Mapping[str, Sequence[str]], notes: Mapping[str, str]) ->
         *(f"- **{name}**: {' '.join(text.split())}" for name, text in notes.items()),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _template() -> Any:
-    source = resources.files(__package__).joinpath("comparison.html.j2").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
