@@ -29,7 +29,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from polyrank.adapter import Adapter, full_mask, new_adapter
-from polyrank.client import ClientEnv, batches, train
 from polyrank.data.docstrings import load_docstrings
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.ledger import versions
@@ -37,6 +36,7 @@ from polyrank.messages import Training, TrainTask
 from polyrank.models.load import load_base, packaged_model, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
+from polyrank.session import ClientEnv, batches, train
 
 STEPS, BATCH, RANK, CLASSES = 10, 8, 8, 8
 Work = Callable[[], dict[str, torch.Tensor]]

@@ -78,6 +78,9 @@ class Embedded(Schema):
     prefix_gb: Annotated[float, Field(ge=0)] = 2.0
     """Room on disk for what enters the lowest adapted block where that is not the first; 0 for none."""
     prefix_dtype: Literal["fp32", "bf16"] = "fp32"
+    fuse: Count | None = None
+    """Clients whose steps go through the base model in one pass; without a number, as many as fill one:
+    512 tokens on a CPU, 32,768 on a GPU. Equal to one by one up to rounding, not to the bit."""
     threads: Count = 1
     """Threads of torch in each of them; the same number gives the same bits."""
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from polyrank.adapter import Adapter, Head
 from polyrank.data.tokens import Tokens
 from polyrank.lowrank import installed
-from polyrank.models.load import BaseModel, write_head
+from polyrank.models.load import BaseModel, logits_of, write_head
 from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
 
 
@@ -29,9 +29,9 @@ def evaluate(
     """Scores of base model + adapter + head on some examples."""
     write_head(model, head)
     depth = usable_depth(model, adapter.modules, data, cache)
-    forward = forward_from(model, data, depth, cache)
-    with installed(model.network, adapter):
-        logits = predict(model, data, batch_size, forward)
+    forward = forward_from(model, [data], depth, cache)
+    with installed(model.network, [adapter]):
+        logits = predict(model, data, batch_size, lambda rows, inputs: forward([rows], inputs))
     return scores(logits, torch.from_numpy(data.labels))
 
 
@@ -49,7 +49,7 @@ def predict(
         forward: logits of a batch given its row numbers and inputs, if not the whole model's.
     """
     order = np.argsort(data.lengths, kind="stable")
-    run = forward or forward_from(model, data, 0, None)
+    run = forward or (lambda rows, inputs: logits_of(model, inputs))
     logits: Tensor | None = None
     with torch.inference_mode(), precision(model.device):
         for start in range(0, len(order), batch_size):

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from polyrank.adapter import embed, full_mask, new_adapter, restrict
+from polyrank.aggregation import Stacking
 from polyrank.allocation import LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
-from polyrank.client import ClientEnv, catch_up
+from polyrank.client import catch_up
 from polyrank.config import Config
 from polyrank.data.partition import ClientRows, Natural, share_out
 from polyrank.data.source import load_corpus
@@ -50,6 +51,7 @@ from polyrank.report import write_report
 from polyrank.round import Federation, evaluate_clients, federated_round
 from polyrank.sampling import SampleCount
 from polyrank.seed import seed_for
+from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
 
 
@@ -150,12 +152,24 @@ def prepare(config: Config) -> Experiment:
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
     """One process, or several where the machine can fork and the CPU does the work."""
-    wanted = config.engine.workers or (os.cpu_count() or 1)
+    wanted, fuse = config.engine.workers or (os.cpu_count() or 1), _fuse(config, environments, device)
     if config.engine.threads > 1:  # a fork of a process that already ran several threads would hang
         wanted = 1
     if device.type == "cpu" and sys.platform == "linux" and min(wanted, len(environments)) > 1:
-        return WorkerEngine(environments, min(wanted, len(environments)))
-    return EmbeddedEngine(environments)
+        return WorkerEngine(environments, min(wanted, len(environments)), fuse)
+    return EmbeddedEngine(environments, fuse)
+
+
+def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> int:
+    """How many clients share a pass: on a CPU it pays where a step is smaller than about 500 tokens."""
+    if isinstance(config.aggregation, Stacking):
+        return 1  # each client stays with the worker that has its folds
+    if config.engine.fuse is not None:
+        return config.engine.fuse
+    texts = sum(len(env.train) for env in environments.values())
+    tokens = sum(int(env.train.starts[-1]) for env in environments.values())
+    step = config.training.batch_size * tokens / max(1, texts)
+    return max(1, min(64, int((32_768 if device.type == "cuda" else 512) / step)))
 
 
 def _prefix_cache(config: Config) -> PrefixCache | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,22 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, delta_weight
+from polyrank.fused import Shares, stack_factors
 from polyrank.models.frozen import is_packed, pack
 
 
 class LowRankLinear(nn.Module):
-    """A frozen linear map plus a trainable low-rank update.
+    """A frozen linear map plus a trainable low-rank update, one for each client of a group.
 
         y = base(x) + scale * B (e * (A dropout(x))) + the same of the frozen slots, without dropout
 
     Equal to PEFT's LoRA layer in output and gradients for form ``lora``.
     Dropout is on whenever it is above 0, whatever mode the model is in: who evaluates installs 0.
-    Shapes: x [..., I], y [..., O]; B [O, r], e [r], A [r, I].
+    Shapes: x [..., I], y [..., O]; B [G, O, r], e [G, r], A [G, r, I].
+
+    Args:
+        factors: of each client; None where it does not hold the module.
+        shares: whose row is whose, for more than one client.
     """
 
     B: nn.Parameter
@@ -31,79 +36,92 @@ class LowRankLinear(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        factors: Factors,
-        dropout: float,
-        device: torch.device,
-        frozen: Factors | None = None,
+        factors: Sequence[Factors | None],
+        dropout: float = 0.0,
+        frozen: Sequence[Factors | None] = (),
+        shares: Shares | None = None,
     ) -> None:
         super().__init__()
+        device = next(base.parameters()).device
         self.base = base
-        self.scale = factors.scale
+        self.shares = shares or Shares()
         self.dropout = dropout
-        self.frozen = None if frozen is None else _on(device, frozen)
-        for name in ("B", "e", "A"):
-            value = factors.tensors().get(name)
-            copy = None if value is None else nn.Parameter(value.detach().clone().to(device))
-            self.register_parameter(name, copy)
+        self.ranks = [0 if f is None else f.rank for f in factors]
+        self.scale = next(f.scale for f in [*factors, *frozen] if f is not None)
+        stacked = {} if sum(self.ranks) == 0 else stack_factors(factors)
+        for part in ("B", "e", "A"):
+            copy = nn.Parameter(stacked[part].to(device)) if part in stacked else None
+            self.register_parameter(part, copy)
+        beside = stack_factors(frozen) if any(f is not None for f in frozen) else {}
+        self.frozen = {part: value.to(device) for part, value in beside.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout > 0 else x
-        y: Tensor = self.base(x) + self.scale * _product(dropped, self.B, self.e, self.A)
-        if self.frozen is not None:
-            y = y + self.scale * _product(x, self.frozen.B, self.frozen.e, self.frozen.A)
+        y: Tensor = self.base(x)
+        if self.A is not None:
+            dropped = F.dropout(x, self.dropout) if self.dropout > 0 else x
+            y = y + self.scale * self._product(dropped, self.B, self.e, self.A)
+        if self.frozen:
+            y = y + self.scale * self._product(x, self.frozen["B"], self.frozen.get("e"), self.frozen["A"])
         return y
 
-    def factors(self) -> Factors:
-        """A copy of the factors on the CPU."""
-        e = None if self.e is None else self.e.detach().cpu().clone()
-        return Factors(self.B.detach().cpu().clone(), self.A.detach().cpu().clone(), self.scale, e)
+    def _product(self, x: Tensor, B: Tensor, e: Tensor | None, A: Tensor) -> Tensor:
+        if len(A) == 1:
+            held = F.linear(x, A.squeeze(0))
+            return F.linear(held if e is None else held * e, B.squeeze(0))
+        flat = x.reshape(-1, x.shape[-1])
+        held = self.shares.spread(flat) @ A.mT
+        out = (held if e is None else held * e[:, None]) @ B.mT
+        return self.shares.join(out, len(flat)).view(*x.shape[:-1], -1)
 
-
-def _product(x: Tensor, B: Tensor, e: Tensor | None, A: Tensor) -> Tensor:
-    held = F.linear(x, A)
-    return F.linear(held if e is None else held * e, B)
-
-
-def _on(device: torch.device, factors: Factors) -> Factors:
-    return factors.with_tensors({name: tensor.to(device) for name, tensor in factors.tensors().items()})
+    def factors(self, client: int = 0) -> Factors:
+        """The factors of one client (views)."""
+        rank = self.ranks[client]
+        e = None if self.e is None else self.e[client, :rank]
+        return Factors(self.B[client, :, :rank], self.A[client, :rank], self.scale, e)
 
 
 @contextlib.contextmanager
 def installed(
-    network: nn.Module, adapter: Adapter, dropout: float = 0.0, frozen: Adapter | None = None
+    network: nn.Module,
+    adapters: Sequence[Adapter],
+    dropout: float = 0.0,
+    frozen: Sequence[Adapter] = (),
+    shares: Shares | None = None,
 ) -> Iterator[Mapping[str, LowRankLinear]]:
-    """The network with the adapter in place of the maps it adapts; taken out again at the end.
+    """The network with each client's adapter in place of the maps it adapts; taken out again at the end.
 
     Modules that no adapter names keep their plain map: no matmul, no gradient, no memory.
 
     Args:
         frozen: slots that take part in the forward pass beside the adapter's and do not train.
+        shares: whose row is whose, for more than one client.
 
     Raises:
-        AttributeError: the adapter names a module that the network does not have.
+        AttributeError: an adapter names a module that the network does not have.
     """
-    beside = {} if frozen is None else frozen.modules
-    bases = {name: network.get_submodule(name) for name in [*adapter.modules, *beside]}
+    names = dict.fromkeys(name for adapter in [*adapters, *frozen] for name in adapter.modules)
+    bases = {name: network.get_submodule(name) for name in names}
     layers = {}
     try:
         for name, base in bases.items():
-            device = next(base.parameters()).device
-            factors = adapter.modules.get(name)
-            if factors is not None:
-                layers[name] = LowRankLinear(base, factors, dropout, device, beside.get(name))
-                network.set_submodule(name, layers[name])
-            else:
-                alone = LowRankLinear(base, beside[name], 0.0, device)
-                network.set_submodule(name, alone.requires_grad_(False))
+            own = [adapter.modules.get(name) for adapter in adapters]
+            beside = [adapter.modules.get(name) for adapter in frozen]
+            layers[name] = LowRankLinear(base, own, dropout, beside, shares)
+            network.set_submodule(name, layers[name])
         yield layers
     finally:
         for name, base in bases.items():
             network.set_submodule(name, base)
 
 
-def read_adapter(layers: Mapping[str, LowRankLinear], like: Adapter) -> Adapter:
-    """The adapter as it is in the layers now."""
-    return Adapter(like.form, {name: layer.factors() for name, layer in layers.items()})
+def read_adapter(layers: Mapping[str, LowRankLinear], like: Adapter, client: int = 0) -> Adapter:
+    """A copy on the CPU of one client's adapter as it is in the layers now."""
+    modules = {}
+    for name in like.modules:
+        now = layers[name].factors(client)
+        copies = {part: t.detach().cpu().clone() for part, t in now.tensors().items()}
+        modules[name] = now.with_tensors(copies)
+    return Adapter(like.form, modules)
 
 
 def fold(network: nn.Module, adapter: Adapter) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -40,6 +40,7 @@ from polyrank.messages import (
     Training,
     TrainTask,
 )
+from polyrank.received import Received, Updates
 from polyrank.sampling import Sampling
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState
@@ -75,10 +76,20 @@ class Federation:
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """What the server notes of an update besides its numbers: slots kept, examples, metrics."""
+
+    mask: RankMask
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """One client's part in one round, with the bytes that really travelled.
 
     Args:
+        learned: None where there is no usable update; then ``error`` says why.
         counts: whether its update is aggregated; False when it trained only to be scored.
     """
 
@@ -87,7 +98,7 @@ class Reply:
     bytes_down: int
     bytes_up: int
     wall_s: float
-    update: ClientUpdate | None
+    learned: Learned | None
     error: str | None
     counts: bool = True
 
@@ -102,15 +113,15 @@ class RoundRecord:
     replies: Sequence[Reply] = field(default_factory=tuple)
 
     @property
-    def updates(self) -> list[ClientUpdate]:
-        """The updates that were aggregated."""
-        return [r.update for r in self.replies if r.update is not None and r.counts]
+    def learned(self) -> list[Learned]:
+        """What was noted of the updates that were aggregated."""
+        return [r.learned for r in self.replies if r.learned is not None and r.counts]
 
     @property
     def train_loss(self) -> float:
         """Mean training loss over the cohort, weighted by examples."""
-        total = sum(update.num_examples for update in self.updates)
-        return sum(u.metrics["loss"] * u.num_examples for u in self.updates) / total
+        total = sum(one.num_examples for one in self.learned)
+        return sum(one.metrics["loss"] * one.num_examples for one in self.learned) / total
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +143,39 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
     everybody = isinstance(fed.allocation, LossBased) and fed.allocation.scores_in(state.round)
     asked = population if everybody else cohort
     plan = fed.allocation.allocate(state, asked)
-    tasks = [make_task(fed, state, plan[client], client) for client in asked]
-    replies = [replace(reply, counts=reply.client in set(cohort)) for reply in run_tasks(fed.engine, tasks)]
-    updates = [reply.update for reply in replies if reply.update is not None and reply.counts]
-    if not updates:
-        reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
-        raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
+    drawn = fed.training.factors == "B" and _is_drawn(state)
+    received = Received(lambda client: make_task(fed, state, plan[client], client, drawn))
+    with contextlib.closing(received):
+        replies = collect(fed.engine, asked, received)
+        replies = [replace(reply, counts=reply.client in set(cohort)) for reply in replies]
+        usable = [reply.client for reply in replies if reply.learned is not None and reply.counts]
+        if not usable:
+            reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
+            raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
+        training = training_at(fed.training, state.round, fed.rounds)
+        merged, error = merge(fed, state, Updates(received, usable), training)
+        after = advance(fed, state, merged, replies, received)
+    return after, RoundRecord(state.round, training.learning_rate, error, replies)
+
+
+def merge(
+    fed: Federation, state: ServerState, updates: Sequence[ClientUpdate], training: Training
+) -> tuple[Aggregated, float]:
+    """The next bank and head, and how far the served update is from the clients' mean."""
     merged = fed.aggregation.aggregate(state, updates)
-    parts = trained_parts(tasks[0].training)
-    merged = replace(merged, adapter=_with_parts(state.adapter, merged.adapter, parts))
-    error = aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
-    rate = tasks[0].training.learning_rate
-    return advance(fed, state, merged, replies), RoundRecord(state.round, rate, error, replies)
+    adapter = _with_parts(state.adapter, merged.adapter, trained_parts(training))
+    merged = replace(merged, adapter=adapter)
+    return merged, aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
 
 
-def make_task(fed: Federation, state: ServerState, mask: RankMask, client: ClientId) -> TrainTask:
-    """What goes down to one client: its slots, the head, the settings, the folds it has missed."""
+def make_task(
+    fed: Federation, state: ServerState, mask: RankMask, client: ClientId, drawn: bool = False
+) -> TrainTask:
+    """What goes down to one client: its slots, the head, the settings, the folds it has missed.
+
+    Args:
+        drawn: whether A is still what it was drawn as, so that its seed can travel in its place.
+    """
     known = state.clients.get(client, ClientRecord())
     if known.rank_limit is not None:
         mask = mask_and(mask, prefix_mask(state.adapter, known.rank_limit))
@@ -162,12 +190,11 @@ def make_task(fed: Federation, state: ServerState, mask: RankMask, client: Clien
         state.head,
         training_at(fed.training, state.round, fed.rounds),
         _missed(state, client),
-        state.seed if fed.training.factors == "B" and _is_drawn(state) else None,
+        state.seed if drawn else None,
     )
 
 
 def _is_drawn(state: ServerState) -> bool:
-    """Whether A is still what it was drawn as, so that its seed can travel in its place."""
     drawn = fresh_slots(state.adapter, state.seed).modules
     return all(torch.equal(f.A, drawn[name].A) for name, f in state.adapter.modules.items())
 
@@ -189,45 +216,58 @@ def _missed(state: ServerState, client: ClientId) -> Folds:
     return Folds(first, state.folds[first:])
 
 
-def run_tasks(engine: Engine, tasks: Sequence[TrainTask]) -> list[Reply]:
-    """Send every task, check every answer; replies stand in the order of the tasks."""
-    requests = {task.client: encode_task(task) for task in tasks}
-    answers = {answer.client: answer for answer in engine.exchange(requests)}
+def collect(engine: Engine, clients: Sequence[ClientId], received: Received) -> list[Reply]:
+    """Send every client its task, check and keep every answer; replies stand in the order of the clients."""
+    sizes: dict[ClientId, int] = {}
+
+    def requests() -> Iterator[tuple[ClientId, bytes]]:
+        for client in clients:
+            request = encode_task(received.task(client))
+            sizes[client] = len(request)
+            yield client, request
+
     registered = {client.id: client.num_examples for client in engine.clients()}
-    return [
-        _reply(task, len(requests[task.client]), answers.get(task.client), registered[task.client])
-        for task in tasks
-    ]
+    replies = {}
+    for answer in engine.exchange(requests()):
+        task = received.task(answer.client)
+        replies[answer.client] = _check(task, sizes[answer.client], answer, registered[answer.client])
+        if replies[answer.client].learned is not None and answer.payload is not None:
+            received.keep(answer.client, answer.payload)
+    return [replies.get(client) or _silent(received.task(client), sizes[client]) for client in clients]
 
 
-def _reply(task: TrainTask, bytes_down: int, answer: Answer | None, num_examples: int) -> Reply:
-    slots = num_slots(task.mask)
-    if answer is None:
-        return Reply(task.client, slots, bytes_down, 0, 0.0, None, "no answer")
-    bytes_up, update, error = len(answer.payload or b""), None, answer.error
+def _check(task: TrainTask, bytes_down: int, answer: Answer, num_examples: int) -> Reply:
+    bytes_up, learned, error = len(answer.payload or b""), None, answer.error
     if answer.payload is not None:
         try:
             update = decode_update(answer.payload, task, num_examples)
+            learned = Learned(update.mask, update.num_examples, update.metrics)
         except WireError as refusal:
             error = f"refused: {refusal}"
-    return Reply(task.client, slots, bytes_down, bytes_up, answer.wall_s, update, error)
+    return Reply(task.client, num_slots(task.mask), bytes_down, bytes_up, answer.wall_s, learned, error)
 
 
-def advance(fed: Federation, state: ServerState, merged: Aggregated, replies: Sequence[Reply]) -> ServerState:
+def _silent(task: TrainTask, bytes_down: int) -> Reply:
+    return Reply(task.client, num_slots(task.mask), bytes_down, 0, 0.0, None, "no answer")
+
+
+def advance(
+    fed: Federation, state: ServerState, merged: Aggregated, replies: Sequence[Reply], received: Received
+) -> ServerState:
     """The state of the next round, with what was learned about each client that answered."""
     clients = dict(state.clients)
     for reply in replies:
         known = clients.get(reply.client, ClientRecord())
-        if reply.update is None:
+        if reply.learned is None:
             if reply.error is not None and reply.error.startswith(MISSING_FOLDS):
                 clients[reply.client] = replace(known, folds=0)  # send them all again
             continue
-        kept = max((int(held.sum()) for held in reply.update.mask.values()), default=0)
-        pruned = num_slots(reply.update.mask) < reply.slots
+        kept = max((int(held.sum()) for held in reply.learned.mask.values()), default=0)
+        pruned = num_slots(reply.learned.mask) < reply.slots
         clients[reply.client] = ClientRecord(
             folds=len(state.folds),
             rank_limit=kept if pruned else known.rank_limit,
-            loss=_score(fed, state, reply.update, known.loss),
+            loss=_score(fed, state, received, reply, known.loss),
         )
     folds = [*state.folds, merged.fold] if merged.fold is not None else state.folds
     return replace(
@@ -240,14 +280,17 @@ def advance(fed: Federation, state: ServerState, merged: Aggregated, replies: Se
     )
 
 
-def _score(fed: Federation, state: ServerState, update: ClientUpdate, known: float | None) -> float | None:
+def _score(
+    fed: Federation, state: ServerState, received: Received, reply: Reply, known: float | None
+) -> float | None:
     """The loss that loss-based allocation goes by; other policies look at none."""
     if not isinstance(fed.allocation, LossBased) or not fed.allocation.scores_in(state.round):
         return known
     if fed.allocation.score == "client":
-        return update.metrics["loss"]
+        assert reply.learned is not None
+        return reply.learned.metrics["loss"]
     assert fed.validate is not None, "server-side scores need texts the server keeps"
-    return fed.validate(state, update)
+    return fed.validate(state, received.read(reply.client))
 
 
 def training_at(training: Training, round_: int, rounds: int) -> Training:
@@ -275,23 +318,23 @@ def training_at(training: Training, round_: int, rounds: int) -> Training:
 def evaluate_clients(fed: Federation, state: ServerState, batch_size: int) -> ClientEvaluation:
     """Score the global model on every client's held-out examples; clients that fail are left out."""
     adapter = restrict(state.adapter, state.active)
-    tasks = {
-        client.id: EvaluateTask(
-            state.round,
-            client.id,
-            state.active,
-            adapter,
-            state.head,
-            batch_size,
-            _missed(state, client.id),
-        )
-        for client in fed.engine.clients()
-    }
-    requests = {client: encode_task(task) for client, task in tasks.items()}
-    payloads = {a.client: a.payload for a in fed.engine.exchange(requests) if a.payload is not None}
-    scores = []
-    for client, payload in payloads.items():
-        with contextlib.suppress(WireError):
-            scores.append(decode_scores(payload, tasks[client]))
-    down, up = sum(map(len, requests.values())), sum(map(len, payloads.values()))
-    return ClientEvaluation(scores, down, up)
+    down: list[int] = []
+
+    def task(client: ClientId) -> EvaluateTask:
+        folds = _missed(state, client)
+        return EvaluateTask(state.round, client, state.active, adapter, state.head, batch_size, folds)
+
+    def requests() -> Iterator[tuple[ClientId, bytes]]:
+        for client in fed.engine.clients():
+            request = encode_task(task(client.id))
+            down.append(len(request))
+            yield client.id, request
+
+    scores, bytes_up = {}, 0
+    for answer in fed.engine.exchange(requests()):
+        bytes_up += len(answer.payload or b"")
+        if answer.payload is not None:
+            with contextlib.suppress(WireError):
+                scores[answer.client] = decode_scores(answer.payload, task(answer.client))
+    ordered = [scores[client.id] for client in fed.engine.clients() if client.id in scores]
+    return ClientEvaluation(ordered, sum(down), bytes_up)

@@ -6,6 +6,7 @@ start, and the same ten updates go through every rule.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
     from polyrank.config import make_config
     from polyrank.evaluation import evaluate
     from polyrank.experiment import prepare
-    from polyrank.round import make_task, run_tasks
+    from polyrank.received import Received, Updates
+    from polyrank.round import collect, make_task
     from studies.replication_padding import run as study
 
     given = study.config(folder, seed, {"adapter": {"rank": study.HIGH}})
@@ -52,8 +54,10 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
     high, *low = [study.NEAR_BALANCED[seed], *[f"client-{10 + 9 * seed + i:02d}" for i in range(9)]]
     ranks = {high: study.HIGH} | dict.fromkeys(low, study.LOW)
     masks = {client: prefix_mask(state.adapter, rank) for client, rank in ranks.items()}
-    replies = run_tasks(fed.engine, [make_task(fed, state, mask, client) for client, mask in masks.items()])
-    updates = [reply.update for reply in replies if reply.update is not None]
+    received = Received(lambda client: make_task(fed, state, masks[client], client))
+    with contextlib.closing(received):
+        collect(fed.engine, list(masks), received)
+        updates = list(Updates(received, list(masks)))
 
     def accuracy(adapter: Any, head: Any) -> float:
         held = restrict(adapter, masks[high])

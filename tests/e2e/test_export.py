@@ -43,7 +43,7 @@ def test_peft_computes_our_logits(family, form, targets, tmp_path):
     state = ServerState(1, 0, adapter, full_mask(adapter), head)
     state = dataclasses.replace(state, active=mixed_ranks(adapter))
     write_head(model, head)
-    with torch.no_grad(), installed(network, restrict(adapter, state.active)):
+    with torch.no_grad(), installed(network, [restrict(adapter, state.active)]):
         expected = network(input_ids=IDS).logits
     export_adapter(model, state, tmp_path / "adapter")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")

@@ -160,7 +160,7 @@ def test_a_clean_process_computes_our_logits_from_adapter_and_from_merged_model(
     labels = json.loads((out / "partition.json").read_text())["labels"]
     model, state = load_base("minilm", labels, 0, torch.device("cpu")), load_state(out / "state.safetensors")
     write_head(model, state.head)
-    with installed(model.network, restrict(state.adapter, state.active)):
+    with installed(model.network, [restrict(state.adapter, state.active)]):
         ours = predict(model, tokenize(Texts(texts, None, [0] * 3), model.tokenizer, 24), 3)
     merged = polyrank_command("export", str(out), "--merge", "--out", str(tmp_path / "merged"))
     assert merged.returncode == 0, merged.stderr

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from polyrank.adapter import full_mask, new_adapter
-from polyrank.client import ClientEnv, ClientError, batches, handle, train
+from polyrank.client import handle
 from polyrank.data.tokens import Tokens
 from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.messages import EvaluateTask, Training, TrainTask
 from polyrank.models.load import read_head
 from polyrank.models.targets import resolve_targets
+from polyrank.session import ClientEnv, ClientError, batches, train
 from polyrank.wire import WireError, encode_task
 from tests.builders import largest_difference
 from tests.conftest import tiny_model
@@ -83,7 +84,7 @@ def test_one_sgd_step_by_hand():
     update = train(task, ClientEnv(model, data))
     from polyrank.lowrank import installed
 
-    with installed(model.network, task.adapter) as layers:
+    with installed(model.network, [task.adapter]) as layers:
         order = next(iter(batches(4, task.training, task.seed)))
         inputs, labels = data.batch(order, model.device)
         model.network.load_state_dict(dict(task.head), strict=False)
@@ -123,7 +124,7 @@ def test_a_loss_that_explodes_is_an_error_and_not_an_update():
     task = task_for(model, optimizer="sgd", learning_rate=1e30, clip_norm=0.0, local_steps=6)
     with pytest.raises(ClientError, match="loss is (nan|inf) at local step"):
         handle(encode_task(task), env)
-    (answer,) = EmbeddedEngine({"c": env}).exchange({"c": encode_task(task)})
+    (answer,) = EmbeddedEngine({"c": env}).exchange([("c", encode_task(task))])
     assert answer.payload is None
     assert answer.error.startswith("ClientError: loss is")
     assert not any(p.requires_grad for p in model.network.parameters())

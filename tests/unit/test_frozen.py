@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from polyrank.client import ClientEnv, train
 from polyrank.lowrank import fold
 from polyrank.models.frozen import bf16_is_fast, is_packed, pack, pack_blocks
+from polyrank.session import ClientEnv, train
 from tests.builders import random_adapter
 from tests.conftest import tiny_model
 from tests.unit.test_client import task_for, tokens

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from polyrank.adapter import delta_weight, full_mask, num_slots, prefix_mask, restrict
+from polyrank.adapter import Adapter, delta_weight, full_mask, num_slots, prefix_mask, restrict
 from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Stacking, ZeroPadding
 from polyrank.allocation import LossBased, RandomSlotChoice, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
-from polyrank.client import ClientEnv, ClientError, catch_up, train
+from polyrank.client import catch_up
 from polyrank.config import make_config
 from polyrank.errors import RunError
 from polyrank.evaluation import predict
@@ -20,8 +20,9 @@ from polyrank.lowrank import installed
 from polyrank.messages import Folds, Training
 from polyrank.models.load import write_head
 from polyrank.recipes import recipes
-from polyrank.round import federated_round, make_task
+from polyrank.round import _is_drawn, federated_round, make_task
 from polyrank.sampling import SampleCount
+from polyrank.session import ClientEnv, ClientError, train
 from polyrank.wire import decode_task, encode_task
 from tests.builders import largest_difference, random_adapter
 from tests.conftest import tiny_model
@@ -89,15 +90,13 @@ def test_frozen_slots_take_part_and_do_not_move():
     assert largest_difference(frozen.adapter, absent.adapter) > 1e-4  # the frozen slots changed the gradients
     with torch.no_grad():
         write_head(model, head)
-        with installed(model.network, bank):
+        with installed(model.network, [bank]):
             both = predict(model, env.train, 4)
         write_head(model, head)
         rest = {name: ~held for name, held in one.items()}
-        with installed(model.network, restrict(bank, one), 0.0, restrict(bank, rest)):
+        with installed(model.network, [restrict(bank, one)], 0.0, [restrict(bank, rest)]):
             split = predict(model, env.train, 4)
-        with installed(
-            model.network, restrict(bank, {} | {n: torch.zeros(2, dtype=torch.bool) for n in one}), 0.0, bank
-        ):
+        with installed(model.network, [Adapter("lora", {})], 0.0, [bank]):
             alone = predict(model, env.train, 4)
     assert torch.allclose(both, split, atol=1e-5)
     assert torch.allclose(both, alone, atol=1e-5)
@@ -131,11 +130,25 @@ def test_an_a_that_never_changes_travels_as_its_seed(form):
         form=form, training=Training(local_steps=2, factors="B"), allocation=Uniform(rank=2)
     )
     mask = fed.allocation.allocate(state, ["c0"])["c0"]
-    data = encode_task(make_task(fed, state, mask, "c0"))
+    data = encode_task(make_task(fed, state, mask, "c0", drawn=_is_drawn(state)))
     again = decode_task(data)
     assert largest_difference(again.adapter, restrict(state.adapter, mask)) == 0
     plain = dataclasses.replace(fed, training=Training(local_steps=2))
     assert len(data) < 0.8 * len(encode_task(make_task(plain, state, mask, "c0")))
+
+
+class Recording:
+    """An engine that remembers the requests that pass through it."""
+
+    def __init__(self, engine):
+        self.engine, self.seen = engine, []
+
+    def clients(self):
+        return self.engine.clients()
+
+    def exchange(self, requests):
+        self.seen = list(requests)
+        return self.engine.exchange(self.seen)
 
 
 def test_a_rule_that_dilutes_cannot_move_an_a_that_never_changes():
@@ -144,7 +157,10 @@ def test_a_rule_that_dilutes_cannot_move_an_a_that_never_changes():
     after, _ = rounds(fed, state, 3)
     for name, before in state.adapter.modules.items():
         assert torch.equal(after.adapter.modules[name].A, before.A)
-    assert make_task(fed, after, full_mask(after.adapter), "c0").a_seed == state.seed
+    assert _is_drawn(after)
+    requests = Recording(fed.engine)
+    federated_round(dataclasses.replace(fed, engine=requests), after)
+    assert all(decode_task(request).a_seed == state.seed for _, request in requests.seen)
 
 
 def test_a_client_that_did_not_prune_may_grow():
@@ -163,7 +179,7 @@ def test_self_pruning_shortens_a_client_for_good():
     first, second = ({reply.slots for reply in record.replies} for record in records)
     assert (first, second) == ({18}, {12})
     assert {record.rank_limit for record in after.clients.values()} == {1}  # 3 -> 2 -> 1
-    assert all({f.rank for f in u.adapter.modules.values()} == {2} for u in records[0].updates)
+    assert all({int(held.sum()) for held in learned.mask.values()} == {2} for learned in records[0].learned)
     kept = dataclasses.replace(fed, training=training.model_copy(update={"prune_penalty": 0.0}))
     grown = dataclasses.replace(state, adapter=federation()[1].adapter)  # B = 0: no tail can shrink
     assert {reply.slots for reply in rounds(kept, grown, 2)[1][1].replies} == {18}
@@ -260,13 +276,13 @@ def test_loss_based_scores_everybody_and_aggregates_the_cohort(score):
     )
     after, record = federated_round(fed, state)
     assert len(record.replies) == 4
-    assert len(record.updates) == 2
+    assert len(record.learned) == 2
     assert {reply.slots for reply in record.replies} == {6}
     if score == "server":
         assert {c: r.loss for c, r in after.clients.items()} == losses
         assert fed.allocation.best(after) == {"c1", "c2"}
     else:
-        told = {r.client: r.update.metrics["loss"] for r in record.replies}
+        told = {r.client: r.learned.metrics["loss"] for r in record.replies}
         assert {c: r.loss for c, r in after.clients.items()} == told
     _, second = federated_round(fed, after)
     assert len(second.replies) == 2

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from polyrank.client import ClientEnv, train
 from polyrank.evaluation import predict
 from polyrank.models.packing import layout_of
+from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference
 from tests.conftest import FAMILIES, tiny_model
 from tests.unit.test_client import task_for, tokens

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from polyrank.adapter import restrict
-from polyrank.client import ClientEnv, train
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
 from polyrank.models.prefix import PrefixCache, can_skip, lowest_block
+from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference, random_adapter
 from tests.conftest import tiny_model
 from tests.unit.test_client import task_for, tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from polyrank.adapter import full_mask, new_adapter
 from polyrank.aggregation import FedAvg
 from polyrank.allocation import Uniform
-from polyrank.client import ClientEnv
 from polyrank.data.tokens import Tokens
 from polyrank.engine.base import Answer
 from polyrank.engine.embedded import EmbeddedEngine
@@ -18,8 +18,10 @@ from polyrank.errors import RunError
 from polyrank.messages import Training
 from polyrank.models.load import read_head
 from polyrank.models.targets import resolve_targets
-from polyrank.round import Federation, evaluate_clients, federated_round, training_at
+from polyrank.received import Received, Updates
+from polyrank.round import Federation, collect, evaluate_clients, federated_round, make_task, training_at
 from polyrank.sampling import SampleAll, SampleCount, SampleShare
+from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
 from tests.builders import largest_difference
 from tests.conftest import tiny_model
@@ -39,9 +41,13 @@ class Recorder:
     def close(self):
         self.engine.close()
 
+    def counted(self, requests):
+        for client, request in requests:
+            self.down += len(request)
+            yield client, request
+
     def exchange(self, requests):
-        self.down += sum(len(request) for request in requests.values())
-        for original in self.engine.exchange(requests):
+        for original in self.engine.exchange(self.counted(requests)):
             answer = self.spoil.get(original.client, lambda a: a)(original)
             if answer is not None:
                 self.up += len(answer.payload or b"")
@@ -78,7 +84,7 @@ def test_a_round_moves_the_model_and_counts_every_byte(form):
     assert sum(reply.bytes_down for reply in record.replies) == fed.engine.down
     assert sum(reply.bytes_up for reply in record.replies) == fed.engine.up
     assert [reply.client for reply in record.replies] == ["c0", "c1", "c2", "c3"]
-    assert [update.num_examples for update in record.updates] == [6, 7, 8, 9]
+    assert [update.num_examples for update in record.learned] == [6, 7, 8, 9]
 
 
 def test_the_same_state_gives_the_same_bits():
@@ -100,8 +106,11 @@ def test_a_failed_client_is_left_out():
         "c3": None,
     }
     pair, pair_state = federation()
-    good = [u for u in federated_round(pair, pair_state)[1].updates if u.client in ("c0", "c3")]
-    expected = FedAvg().aggregate(pair_state, good)
+    full = full_mask(pair_state.adapter)
+    received = Received(lambda client: make_task(pair, pair_state, full, client))
+    with contextlib.closing(received):
+        collect(pair.engine, ["c0", "c3"], received)
+        expected = FedAvg().aggregate(pair_state, Updates(received, ["c0", "c3"]))
     assert largest_difference(after.adapter, expected.adapter) == 0
 
 
@@ -109,7 +118,7 @@ def test_a_broken_payload_is_refused_with_its_reason():
     fed, state = federation({"c0": lambda answer: dataclasses.replace(answer, payload=answer.payload[:-4])})
     _, record = federated_round(fed, state)
     assert record.replies[0].error.startswith("refused: not a polyrank message")
-    assert len(record.updates) == 3
+    assert len(record.learned) == 3
 
 
 def test_a_round_without_any_update_stops_the_run():

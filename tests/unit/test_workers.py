@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from polyrank.aggregation import Stacking
-from polyrank.client import ClientEnv
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import RunError
 from polyrank.messages import Training
 from polyrank.round import evaluate_clients, federated_round
+from polyrank.session import ClientEnv
 from tests.builders import largest_difference
 from tests.unit.test_methods import rounds, two_tiers
 from tests.unit.test_round import federation

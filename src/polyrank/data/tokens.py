@@ -71,6 +71,22 @@ class Tokens:
         return tensors, torch.from_numpy(self.labels[rows]).to(device)
 
 
+def join(parts: Sequence[Tokens]) -> Tokens:
+    """The examples of all parts, one part after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([0, *(part.starts[-1] for part in parts)])
+    starts = [part.starts[:-1] + end for part, end in zip(parts, ends, strict=False)]
+    types = [part.types for part in parts if part.types is not None]
+    return Tokens(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate(types) if types else None,
+        np.concatenate([*starts, ends[-1:]]),
+        np.concatenate([part.labels for part in parts]),
+        parts[0].pad_id,
+    )
+
+
 def tokenize(texts: Texts, tokenizer: Any, max_length: int) -> Tokens:
     """Encode all texts, each cut to ``max_length`` tokens; an empty text is one padding token."""
     limit = min(max_length, tokenizer.model_max_length)

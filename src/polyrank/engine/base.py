@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +39,11 @@ class Engine(Protocol):
         """The population, in a fixed order."""
         ...
 
-    def exchange(self, requests: Mapping[ClientId, bytes]) -> Iterator[Answer]:
-        """One answer per request, in any order. A failed client is an answer, never an exception."""
+    def exchange(self, requests: Iterable[tuple[ClientId, bytes]]) -> Iterator[Answer]:
+        """One answer per request, in any order. A failed client is an answer, never an exception.
+
+        Requests are taken as they can be worked on, so that those of a large cohort never exist at once.
+        """
         ...
 
     def close(self) -> None:

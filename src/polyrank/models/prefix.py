@@ -109,16 +109,18 @@ def usable_depth(model: BaseModel, modules: Iterable[str], data: Tokens, cache: 
 
 
 def forward_from(
-    model: BaseModel, data: Tokens, depth: int, cache: PrefixCache | None
-) -> Callable[[Sequence[int], Mapping[str, Tensor]], Tensor]:
-    """Logits of a batch given its row numbers and padded inputs, from block ``depth`` upward."""
+    model: BaseModel, data: Sequence[Tokens], depth: int, cache: PrefixCache | None
+) -> Callable[[Sequence[Sequence[int]], Mapping[str, Tensor]], Tensor]:
+    """Logits from block ``depth`` upward of a batch, given its rows of each set of texts and its inputs."""
     if depth == 0 or cache is None:
         return lambda rows, inputs: logits_of(model, inputs)
-    stored = cache.hidden(model, data, depth)
+    stored = [cache.hidden(model, own, depth) for own in data]
 
-    def logits(rows: Sequence[int], inputs: Mapping[str, Tensor]) -> Tensor:
-        hidden = stored[torch.from_numpy(data.where(rows))].float().to(model.device)
-        with _skipping(model, depth, _shaped(model, hidden, inputs["attention_mask"])):
+    def logits(rows: Sequence[Sequence[int]], inputs: Mapping[str, Tensor]) -> Tensor:
+        places = [torch.from_numpy(own.where(part)) for own, part in zip(data, rows, strict=True)]
+        hidden = torch.cat([kept[place] for kept, place in zip(stored, places, strict=True)])
+        shaped = _shaped(model, hidden.float().to(model.device), inputs["attention_mask"])
+        with _skipping(model, depth, shaped):
             return logits_of(model, inputs)
 
     return logits

@@ -1,0 +1,264 @@
+"""One session of local training: the steps that a client makes on its own texts.
+
+Several clients may share a session: their batches go through the frozen base model as one, and each trains
+its own factors and head exactly as it would alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyrank.adapter import Adapter, Head, RankMask, full_mask, mask_minus, restrict, within
+from polyrank.data.tokens import Tokens, join
+from polyrank.evaluation import precision
+from polyrank.fused import Shares, clip_each, own_heads
+from polyrank.lowrank import LowRankLinear, installed, read_adapter
+from polyrank.messages import ClientUpdate, Training, TrainTask
+from polyrank.models.load import BaseModel
+from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
+from polyrank.seed import seed_for
+from polyrank.wire import trained_parts
+
+
+class ClientError(RuntimeError):
+    """A session that gave no usable result, e.g. the loss left the finite numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEnv:
+    """What a device keeps between sessions: the frozen base model and its own data.
+
+    Args:
+        folds: fingerprints of the folds it has received.
+        prefix: where what enters its lowest adapted block is kept, or None.
+    """
+
+    model: BaseModel
+    train: Tokens
+    holdout: Tokens | None = None
+    folds: list[str] = field(default_factory=list)
+    prefix: PrefixCache | None = None
+
+
+def train(task: TrainTask, env: ClientEnv) -> ClientUpdate:
+    """Train the task's slots and the head on the client's examples; the base stays frozen.
+
+    Raises: ClientError when the loss is not a finite number.
+    """
+    (result,) = train_together([task], [env])
+    if isinstance(result, ClientError):
+        raise result
+    return result
+
+
+def train_together(
+    tasks: Sequence[TrainTask], environments: Sequence[ClientEnv]
+) -> list[ClientUpdate | ClientError]:
+    """Train some clients side by side in one pass of the base model, as each would train alone.
+
+    Args:
+        tasks: of equal ``training``; more than one only where nothing is dropped at random.
+    """
+    training, model, shares = tasks[0].training, environments[0].model, Shares()
+    starts = [restrict(task.adapter, within(task.trained, task.mask)) for task in tasks]
+    frozen = [
+        restrict(task.adapter, within(mask_minus(task.mask, task.trained), task.mask)) for task in tasks
+    ]
+    heads = [task.head for task in tasks]
+    with (
+        torch.random.fork_rng(devices=_cuda(model.device)),
+        installed(model.network, starts, training.adapter_dropout, frozen, shares) as layers,
+        own_heads(model.network, model.head_modules, heads, shares) as own,
+    ):
+        torch.manual_seed(seed_for(tasks[0].seed, "dropout"))
+        ends = _steps(tasks, environments, Trained(layers, own, starts, shares))
+    return [
+        _update(task, env, start, end)
+        for task, env, start, end in zip(tasks, environments, starts, ends, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What trains in a session: each client's factors and head, stacked over the clients."""
+
+    layers: Mapping[str, LowRankLinear]
+    head: Mapping[str, nn.Parameter]
+    starts: Sequence[Adapter]
+    shares: Shares
+
+    def parameters(self, training: Training) -> list[nn.Parameter]:
+        """The factors that train this round, module after module, and then the head."""
+        parts = trained_parts(training)
+        factors = [
+            parameter
+            for layer in self.layers.values()
+            for name, parameter in layer.named_parameters(recurse=False)
+            if name in parts
+        ]
+        return [*factors, *self.head.values()]
+
+    def read(self, client: int) -> tuple[Adapter, Head]:
+        """A copy of one client's adapter and head as they are now."""
+        head = {name: stacked[client].detach().cpu().clone() for name, stacked in self.head.items()}
+        return read_adapter(self.layers, self.starts[client], client), head
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a client's training ended, and the loss of each step."""
+
+    adapter: Adapter
+    head: Head
+    losses: list[float]
+
+
+def session_depth(task: TrainTask, env: ClientEnv) -> int:
+    """Blocks at the bottom that this session may take from the stored prefix."""
+    if task.training.base_dropout:
+        return 0
+    return usable_depth(env.model, task.adapter.modules, env.train, env.prefix)
+
+
+def batches(num_examples: int, training: Training, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each local step's batch.
+
+    Every epoch is a new permutation cut into batches; its last batch may be smaller.
+    """
+    per_epoch = math.ceil(num_examples / training.batch_size)
+    steps = training.local_steps or per_epoch * (training.local_epochs or 1)
+    draw = np.random.default_rng(seed_for(seed, "batches"))
+    done = 0
+    while done < steps:
+        order = draw.permutation(num_examples).tolist()
+        for start in range(0, num_examples, training.batch_size):
+            if done == steps:
+                return
+            yield order[start : start + training.batch_size]
+            done += 1
+
+
+def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], trained: Trained) -> list[End]:
+    """Run the local steps of all clients; one that has fewer is read out after its last."""
+    training, model = tasks[0].training, environments[0].model
+    data = [env.train for env in environments]
+    plans = [list(batches(len(own), training, task.seed)) for own, task in zip(data, tasks, strict=True)]
+    parameters = trained.parameters(training)
+    optimizer = _optimizer(training, parameters)
+    joined, firsts = join(data), np.cumsum([0, *map(len, data)])
+    forward = forward_from(model, data, session_depth(tasks[0], environments[0]), environments[0].prefix)
+    losses: list[Tensor] = []
+    read: dict[int, tuple[Adapter, Head]] = {}
+    model.network.train(training.base_dropout)
+    try:
+        for step in range(max(map(len, plans))):
+            rows = [plan[step] if step < len(plan) else [] for plan in plans]
+            chosen = [int(first) + row for first, own in zip(firsts, rows, strict=False) for row in own]
+            inputs, labels = joined.batch(chosen, model.device)
+            trained.shares.begin([own.lengths[part].tolist() for own, part in zip(data, rows, strict=True)])
+            with precision(model.device):
+                logits = forward(rows, inputs)
+            each = _means(F.cross_entropy(logits.float(), labels, reduction="none"), rows)
+            losses.append(each.detach())
+            optimizer.zero_grad(set_to_none=True)
+            loss = each.sum() + _penalty(trained.layers, training)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if training.clip_norm > 0:
+                clip_each(parameters, training.clip_norm)
+            optimizer.step()
+            done = [client for client, plan in enumerate(plans) if step + 1 == len(plan)]
+            read |= {client: trained.read(client) for client in done}
+    finally:
+        model.network.eval()
+    table = torch.stack(losses).cpu()
+    return [End(*read[client], table[: len(plan), client].tolist()) for client, plan in enumerate(plans)]
+
+
+def _means(values: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Mean of each client's values, [B] to [G]; 0 for a client without a row."""
+    counts = torch.tensor([len(own) for own in rows])
+    owner = torch.repeat_interleave(torch.arange(len(rows)), counts).to(values.device)
+    sums = values.new_zeros(len(rows)).index_add(0, owner, values)
+    return sums / counts.clamp(min=1).to(values.device)
+
+
+def _update(task: TrainTask, env: ClientEnv, start: Adapter, end: End) -> ClientUpdate | ClientError:
+    """What a client sends, or why it has nothing to send."""
+    for number, loss in enumerate(end.losses, 1):
+        if not math.isfinite(loss):
+            return ClientError(f"loss is {loss} at local step {number}")
+    training, adapter = task.training, end.adapter
+    kept = full_mask(adapter)
+    if training.prune_keep is not None and _tail_norm(adapter, training) < _tail_norm(start, training):
+        kept = {name: _head_slots(f.rank, training.prune_keep) for name, f in adapter.modules.items()}
+    return ClientUpdate(
+        task.round,
+        task.client,
+        _in_bank(task.trained, kept),
+        restrict(adapter, kept),
+        end.head,
+        num_examples=len(env.train),
+        metrics={
+            "loss": float(np.mean(end.losses)),
+            "last_loss": end.losses[-1],
+            "steps": len(end.losses),
+        },
+    )
+
+
+def _penalty(layers: Mapping[str, LowRankLinear], training: Training) -> Tensor | float:
+    """HetLoRA's regulariser: the tail norms of all clients, each in its own loss."""
+    if training.prune_penalty == 0:
+        return 0.0
+    own = [
+        {name: layer.factors(client) for name, layer in layers.items() if layer.ranks[client]}
+        for client in range(len(next(iter(layers.values())).ranks))
+    ]
+    return training.prune_penalty * sum(_tail_norm(Adapter("lora", modules), training) for modules in own)
+
+
+def _tail_norm(adapter: Adapter, training: Training) -> Tensor:
+    """sum over modules of |B tail| |A tail|: the slots past the share that self-pruning keeps.
+
+    Source: HetLoRA (Cho et al., arXiv 2401.06432), its regulariser and its criterion.
+    """
+    assert training.prune_keep is not None
+    norms = [torch.zeros(())]
+    for factors in adapter.modules.values():
+        tail = ~_head_slots(factors.rank, training.prune_keep)
+        norms.append(factors.B[:, tail].norm() * factors.A[tail].norm())
+    return torch.stack(norms).sum()
+
+
+def _head_slots(rank: int, keep: float) -> Tensor:
+    """The first slots that self-pruning keeps, at least one."""
+    return torch.arange(rank) < max(1, math.floor(keep * rank))
+
+
+def _in_bank(trained: RankMask, kept: RankMask) -> RankMask:
+    """A mask over the trained slots as a mask over the bank's slots."""
+    mask = {}
+    for name, held in trained.items():
+        mask[name] = held.clone()
+        if name in kept:
+            mask[name][held] = kept[name]
+    return mask
+
+
+def _optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    rate, decay = training.learning_rate, training.weight_decay
+    if training.optimizer == "adamw":
+        fused = parameters[0].device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=training.momentum)
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
