@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, delta_weight
 from polyrank.fused import Shares, stack_factors
-from polyrank.models.frozen import is_packed, pack
+from polyrank.models.frozen import pack_again
 
 
 class LowRankLinear(nn.Module):
@@ -133,5 +133,4 @@ def fold(network: nn.Module, adapter: Adapter) -> None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.add_((delta.T if isinstance(module, Conv1D) else delta).to(weight.device))
-            if is_packed(module):
-                pack(module)
+            pack_again(module)

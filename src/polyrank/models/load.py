@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polyrank.adapter import Head
 from polyrank.errors import InputError, first_line
-from polyrank.models.frozen import bf16_is_fast, pack_blocks
+from polyrank.models.frozen import bf16_is_fast, fp32_pays, pack_blocks
 from polyrank.models.packing import make_ready, packed_logits
 from polyrank.models.targets import block_names
 from polyrank.seed import seed_for
@@ -123,8 +123,8 @@ def load_base(
         raise InputError("model.name", name, allowed) from error
     new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
     model = prepare(network, tokenizer, source, new, device)
-    if base_dtype == "bf16" and device.type == "cpu" and bf16_is_fast():
-        pack_blocks(model.network, model.blocks, model.head_modules)
+    if device.type == "cpu" and (bf16_is_fast() if base_dtype == "bf16" else fp32_pays()):
+        pack_blocks(model.network, model.blocks, model.head_modules, base_dtype)
     return model
 
 
