@@ -132,6 +132,16 @@ def within(mask: RankMask, held: RankMask) -> RankMask:
     return {name: part[held[name]] for name, part in mask.items()}
 
 
+def over_bank(part: RankMask, held: RankMask) -> RankMask:
+    """A mask over the held slots alone as a mask over the bank's slots; undoes `within`."""
+    whole = {}
+    for name, slots in held.items():
+        whole[name] = slots.clone()
+        if name in part:
+            whole[name][slots] = part[name]
+    return whole
+
+
 def num_slots(mask: RankMask) -> int:
     """How many slots a mask holds over all modules."""
     return sum(int(held.sum()) for held in mask.values())

@@ -25,6 +25,8 @@ def save_state(state: ServerState, path: Path) -> None:
         for part, tensor in factors.tensors().items():
             tensors[f"adapter/{name}/{part}"] = tensor.contiguous()
         tensors[f"active/{name}"] = state.active[name].to(torch.uint8)
+    for name, shares in state.shares.items():
+        tensors[f"shares/{name}"] = shares
     for name, tensor in state.head.items():
         tensors[f"head/{name}"] = tensor.contiguous()
     for number, fold in enumerate(state.folds):
@@ -75,6 +77,7 @@ def load_state(path: Path) -> ServerState:
             for number, scales in enumerate(meaning["folds"])
         ]
         clients = {name: ClientRecord(**record) for name, record in meaning["clients"].items()}
-        return ServerState(meaning["round"], meaning["seed"], adapter, active, head, clients, folds)
+        shares = {n.removeprefix("shares/"): t for n, t in tensors.items() if n.startswith("shares/")}
+        return ServerState(meaning["round"], meaning["seed"], adapter, active, head, clients, folds, shares)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError("RUN", str(path), f"is not a saved state ({type(error).__name__})") from error

@@ -66,7 +66,7 @@ def _group(place: int, task: TrainTask, env: ClientEnv) -> Hashable:
     trains_inside = any(name.startswith(inside) for name in env.model.head_modules)
     if training.adapter_dropout > 0 or training.base_dropout or trains_inside:
         return place
-    return training.model_dump_json(), session_depth(task, env)
+    return training.model_dump_json(), task.ballot, session_depth(task, env)
 
 
 def score(task: EvaluateTask, env: ClientEnv) -> ClientScores:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from polyrank.adapter import Form
-from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg
+from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg, Stacking
 from polyrank.allocation import Allocation, Uniform
 from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
@@ -26,6 +26,7 @@ from polyrank.recipes import recipe
 from polyrank.round import Untrained
 from polyrank.sampling import SampleCount, Sampling
 from polyrank.schema import Schema
+from polyrank.voting import Voting
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -100,6 +101,8 @@ class Config(Schema):
     sampling: Sampling = SampleCount()
     allocation: Allocation = Uniform()
     aggregation: Aggregation = FedAvg()
+    voting: Voting | None = None
+    """Clients vote on which slots stay (FedARA); nothing: all slots stay active."""
     evaluation: Evaluation = Evaluation()
     engine: Embedded = Embedded()
 
@@ -140,11 +143,25 @@ class Config(Schema):
         if self.training.prune_keep is not None and self.allocation.kind == "random_slots":
             allowed = "does not go with allocation.kind = 'random_slots'"
             raise InputError("training.prune_keep", self.training.prune_keep, allowed)
+        if self.voting is not None:
+            self._votes_fit(moving)
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
             raise InputError("training.prune_penalty", self.training.prune_penalty, "needs prune_keep")
         return self
+
+    def _votes_fit(self, moving: bool) -> None:
+        """Refuse what would make votes meaningless: a slot needs its own e and must keep its place."""
+        if self.adapter.form != "svd":
+            raise InputError("adapter.form", self.adapter.form, "must be 'svd' for voting, which scores e")
+        if self.training.factors != "both" or self.training.prune_keep is not None:
+            raise InputError(
+                "voting", self.voting.kind if self.voting else "", "needs all factors to train, unpruned"
+            )
+        if moving or isinstance(self.aggregation, Stacking):
+            allowed = "must keep slots apart for voting, e.g. 'fedavg' or 'replication_padding'"
+            raise InputError("aggregation.kind", self.aggregation.kind, allowed)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

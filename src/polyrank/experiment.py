@@ -142,6 +142,7 @@ def prepare(config: Config) -> Experiment:
         training=config.training,
         rounds=config.rounds,
         untrained=config.adapter.untrained,
+        voting=config.voting,
         validate=None if kept is None else _validation(config, model, kept),
     )
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)

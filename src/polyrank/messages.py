@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from polyrank.adapter import Adapter, Head, RankMask
+from polyrank.importance import Importance
 from polyrank.schema import Schema
 
 ClientId = str
@@ -41,6 +42,8 @@ class Training(Schema):
     norm shrank in training."""
     prune_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the norm of those tail slots in the loss."""
+    orthogonality: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of |A A' - 1|^2 + |B' B - 1|^2 over all modules in the loss (form ``svd``)."""
     adapter_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     base_dropout: bool = False
 
@@ -64,6 +67,23 @@ class Folds:
 
 
 @dataclass(frozen=True, slots=True)
+class Ballot:
+    """What a client is asked about its slots (`voting.py`).
+
+    Args:
+        budget: how many slots it may vote for.
+        importance: how it scores them.
+        smoothing: of the running averages of ``sensitivity``.
+        masks: zero e of the slots below the budget while training (AdaLoRA), instead of voting.
+    """
+
+    budget: int
+    importance: Importance
+    smoothing: float
+    masks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TrainTask:
     """Train slots and head on the client's data.
 
@@ -73,6 +93,7 @@ class TrainTask:
         trained: which of them train; the others take part frozen.
         adapter: the held slots only.
         a_seed: where A never changes (FFA-LoRA) it travels as the seed it was drawn from.
+        ballot: what the client shall say about its slots, if anything.
     """
 
     round: int
@@ -85,6 +106,7 @@ class TrainTask:
     training: Training
     folds: Folds = Folds()
     a_seed: int | None = None
+    ballot: Ballot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +124,11 @@ class EvaluateTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
-    """What a client learned: the slots it trained (and kept) and the head, after training."""
+    """What a client learned: the slots it trained (and kept) and the head, after training.
+
+    Args:
+        votes: the slots of the bank it voted for, where it was asked.
+    """
 
     round: int
     client: ClientId
@@ -111,6 +137,7 @@ class ClientUpdate:
     head: Head
     num_examples: int
     metrics: Mapping[str, float]
+    votes: RankMask | None = None
 
 
 @dataclass(frozen=True, slots=True)

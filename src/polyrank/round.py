@@ -44,6 +44,7 @@ from polyrank.received import Received, Updates
 from polyrank.sampling import Sampling
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState
+from polyrank.voting import RankShares, Voting, vote_shares
 from polyrank.wire import (
     ALL_PARTS,
     WireError,
@@ -62,6 +63,7 @@ class Federation:
 
     Args:
         untrained: whether a client also holds, frozen, the active slots that it does not train.
+        voting: how clients and server shrink the set of active slots; None keeps all.
         validate: loss of one client's model on texts the server keeps, for loss-based allocation.
     """
 
@@ -72,16 +74,18 @@ class Federation:
     training: Training
     rounds: int
     untrained: Untrained = "absent"
+    voting: Voting | None = None
     validate: Callable[[ServerState, ClientUpdate], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What the server notes of an update besides its numbers: slots kept, examples, metrics."""
+    """What the server notes of an update besides its numbers: slots kept, examples, metrics, votes."""
 
     mask: RankMask
     num_examples: int
     metrics: Mapping[str, float]
+    votes: RankMask | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,9 @@ def make_task(
         training_at(fed.training, state.round, fed.rounds),
         _missed(state, client),
         state.seed if drawn else None,
+        None
+        if fed.voting is None
+        else fed.voting.ballot(state.adapter, state.active, state.round, fed.rounds),
     )
 
 
@@ -241,7 +248,7 @@ def _check(task: TrainTask, bytes_down: int, answer: Answer, num_examples: int) 
     if answer.payload is not None:
         try:
             update = decode_update(answer.payload, task, num_examples)
-            learned = Learned(update.mask, update.num_examples, update.metrics)
+            learned = Learned(update.mask, update.num_examples, update.metrics, update.votes)
         except WireError as refusal:
             error = f"refused: {refusal}"
     return Reply(task.client, num_slots(task.mask), bytes_down, bytes_up, answer.wall_s, learned, error)
@@ -270,14 +277,32 @@ def advance(
             loss=_score(fed, state, received, reply, known.loss),
         )
     folds = [*state.folds, merged.fold] if merged.fold is not None else state.folds
+    active, shares = _vote(fed, state, merged.adapter, replies)
     return replace(
         state,
         round=state.round + 1,
+        active=active,
+        shares=shares,
         adapter=merged.adapter,
         head=merged.head,
         clients=clients,
         folds=folds,
     )
+
+
+def _vote(
+    fed: Federation, state: ServerState, bank: Adapter, replies: Sequence[Reply]
+) -> tuple[RankMask, RankShares]:
+    """The slots that stay active after this round's votes, and the share of votes of each."""
+    learned = [
+        r.learned for r in replies if r.learned is not None and r.learned.votes is not None and r.counts
+    ]
+    if fed.voting is None or not learned:
+        return state.active, state.shares
+    votes = [one.votes for one in learned if one.votes is not None]
+    weights = [float(one.num_examples) for one in learned]
+    shares = vote_shares(state.active, [one.mask for one in learned], votes, weights)
+    return fed.voting.arbitrate(bank, state.active, shares, state.round, fed.rounds), shares
 
 
 def _score(

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyrank.adapter import Adapter, Head, RankMask, full_mask, mask_minus, restrict, within
+from polyrank.adapter import (
+    Adapter,
+    Factors,
+    Head,
+    RankMask,
+    full_mask,
+    mask_minus,
+    over_bank,
+    restrict,
+    within,
+)
 from polyrank.data.tokens import Tokens, join
 from polyrank.evaluation import precision
 from polyrank.fused import Shares, clip_each, own_heads
+from polyrank.importance import Scores, highest
 from polyrank.lowrank import LowRankLinear, installed, read_adapter
-from polyrank.messages import ClientUpdate, Training, TrainTask
+from polyrank.messages import Ballot, ClientUpdate, Training, TrainTask
 from polyrank.models.load import BaseModel
 from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
 from polyrank.seed import seed_for
@@ -105,10 +116,32 @@ class Trained:
         ]
         return [*factors, *self.head.values()]
 
-    def read(self, client: int) -> tuple[Adapter, Head]:
-        """A copy of one client's adapter and head as they are now."""
+    def factors(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The stacked B, e, A of each module that somebody trains."""
+        found = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
+        return {name: parts for name, parts in found.items() if parts}
+
+    def read(self, client: int, scores: Scores | None, ballot: Ballot | None) -> End:
+        """A copy of one client's adapter and head as they are now, and its votes."""
         head = {name: stacked[client].detach().cpu().clone() for name, stacked in self.head.items()}
-        return read_adapter(self.layers, self.starts[client], client), head
+        adapter, votes = read_adapter(self.layers, self.starts[client], client), None
+        if scores is not None and ballot is not None and not ballot.masks:
+            votes = highest(self.scored(scores, client), ballot.budget)
+        return End(adapter, head, votes=votes)
+
+    def scored(self, scores: Scores, client: int) -> dict[str, Tensor]:
+        """The score of each slot that a client trains, [r] by module."""
+        factors = self.factors()
+        ranks = {name: self.starts[client].modules[name].rank for name in self.starts[client].modules}
+        return {name: scores.of(name, factors[name])[client, :rank].cpu() for name, rank in ranks.items()}
+
+    def mask_lowest(self, scores: Scores, budget: int) -> None:
+        """Zero e of each client's slots below the budget, as AdaLoRA does; they may grow back."""
+        for client in range(len(self.starts)):
+            for name, kept in highest(self.scored(scores, client), budget).items():
+                e = self.layers[name].e
+                assert e is not None
+                e.data[client, : len(kept)] *= kept.to(e.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +150,8 @@ class End:
 
     adapter: Adapter
     head: Head
-    losses: list[float]
+    losses: Sequence[float] = ()
+    votes: RankMask | None = None
 
 
 def session_depth(task: TrainTask, env: ClientEnv) -> int:
@@ -154,8 +188,9 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
     optimizer = _optimizer(training, parameters)
     joined, firsts = join(data), np.cumsum([0, *map(len, data)])
     forward = forward_from(model, data, session_depth(tasks[0], environments[0]), environments[0].prefix)
-    losses: list[Tensor] = []
-    read: dict[int, tuple[Adapter, Head]] = {}
+    ballot, losses = tasks[0].ballot, list[Tensor]()
+    scores = None if ballot is None else Scores(ballot.importance, ballot.smoothing)
+    read: dict[int, End] = {}
     model.network.train(training.base_dropout)
     try:
         for step in range(max(map(len, plans))):
@@ -172,13 +207,19 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
             loss.backward()  # type: ignore[no-untyped-call]
             if training.clip_norm > 0:
                 clip_each(parameters, training.clip_norm)
+            if scores is not None:
+                scores.update(trained.factors())
             optimizer.step()
+            if ballot is not None and scores is not None and ballot.masks:
+                trained.mask_lowest(scores, ballot.budget)
             done = [client for client, plan in enumerate(plans) if step + 1 == len(plan)]
-            read |= {client: trained.read(client) for client in done}
+            read |= {client: trained.read(client, scores, ballot) for client in done}
     finally:
         model.network.eval()
     table = torch.stack(losses).cpu()
-    return [End(*read[client], table[: len(plan), client].tolist()) for client, plan in enumerate(plans)]
+    return [
+        replace(read[client], losses=table[: len(plan), client].tolist()) for client, plan in enumerate(plans)
+    ]
 
 
 def _means(values: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -201,7 +242,7 @@ def _update(task: TrainTask, env: ClientEnv, start: Adapter, end: End) -> Client
     return ClientUpdate(
         task.round,
         task.client,
-        _in_bank(task.trained, kept),
+        over_bank(kept, task.trained),
         restrict(adapter, kept),
         end.head,
         num_examples=len(env.train),
@@ -210,18 +251,29 @@ def _update(task: TrainTask, env: ClientEnv, start: Adapter, end: End) -> Client
             "last_loss": end.losses[-1],
             "steps": len(end.losses),
         },
+        votes=None if end.votes is None else over_bank(end.votes, task.trained),
     )
 
 
 def _penalty(layers: Mapping[str, LowRankLinear], training: Training) -> Tensor | float:
-    """HetLoRA's regulariser: the tail norms of all clients, each in its own loss."""
-    if training.prune_penalty == 0:
+    """What the settings add to the loss of each client, summed over the clients."""
+    if training.prune_penalty == 0 and training.orthogonality == 0:
         return 0.0
-    own = [
-        {name: layer.factors(client) for name, layer in layers.items() if layer.ranks[client]}
-        for client in range(len(next(iter(layers.values())).ranks))
-    ]
-    return training.prune_penalty * sum(_tail_norm(Adapter("lora", modules), training) for modules in own)
+    total: Tensor | float = 0.0
+    for client in range(len(next(iter(layers.values())).ranks)):
+        own = {name: layer.factors(client) for name, layer in layers.items() if layer.ranks[client]}
+        if training.prune_penalty > 0:
+            total = total + training.prune_penalty * _tail_norm(Adapter("lora", own), training)
+        if training.orthogonality > 0:
+            total = total + training.orthogonality * sum(map(_skewness, own.values()))
+    return total
+
+
+def _skewness(factors: Factors) -> Tensor:
+    """|A A' - 1|^2 + |B' B - 1|^2: how far a module's slots are from orthonormal (AdaLoRA's term)."""
+    one = torch.eye(factors.rank, device=factors.A.device)
+    rows, columns = factors.A @ factors.A.T - one, factors.B.T @ factors.B - one
+    return rows.square().sum() + columns.square().sum()
 
 
 def _tail_norm(adapter: Adapter, training: Training) -> Tensor:
@@ -240,16 +292,6 @@ def _tail_norm(adapter: Adapter, training: Training) -> Tensor:
 def _head_slots(rank: int, keep: float) -> Tensor:
     """The first slots that self-pruning keeps, at least one."""
     return torch.arange(rank) < max(1, math.floor(keep * rank))
-
-
-def _in_bank(trained: RankMask, kept: RankMask) -> RankMask:
-    """A mask over the trained slots as a mask over the bank's slots."""
-    mask = {}
-    for name, held in trained.items():
-        mask[name] = held.clone()
-        if name in kept:
-            mask[name][held] = kept[name]
-    return mask
 
 
 def _optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from polyrank.adapter import Adapter, Head, RankMask
 from polyrank.messages import ClientId
 
@@ -35,6 +37,7 @@ class ServerState:
         active: the slots still in use; a policy never hands out others.
         clients: a record of every client of the population.
         folds: updates that belong to the frozen weights by now (stacking), oldest first.
+        shares: of each slot, the share of votes it got last; empty before the first vote.
     """
 
     round: int
@@ -44,3 +47,4 @@ class ServerState:
     head: Head
     clients: Mapping[ClientId, ClientRecord] = field(default_factory=dict)
     folds: Sequence[Adapter] = ()
+    shares: Mapping[str, Tensor] = field(default_factory=dict)

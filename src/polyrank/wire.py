@@ -6,6 +6,7 @@ A message is one safetensors buffer. Numbers travel as three flat tensors, meani
     head      float32   the head's parameters
     mask      uint8     one bit per slot of the bank: held; in an update: kept by self-pruning
     trained   uint8     one bit per slot of the bank: of the held slots, those that train
+    votes     uint8     one bit per slot that trained: those the client votes for
     folds     float32   updates that join the frozen weights, where a client has missed some
     "polyrank" in the metadata: kind, round, client, shapes, training settings
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,20 @@ from polyrank.adapter import (
     mask_minus,
     new_adapter,
     num_slots,
+    over_bank,
     restrict,
     within,
 )
-from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Folds, Task, Training, TrainTask
+from polyrank.messages import (
+    Ballot,
+    ClientScores,
+    ClientUpdate,
+    EvaluateTask,
+    Folds,
+    Task,
+    Training,
+    TrainTask,
+)
 
 FORMAT = 1
 ALL_PARTS = frozenset({"B", "e", "A"})
@@ -72,6 +83,8 @@ def encode_task(task: Task) -> bytes:
         meaning |= {"seed": task.seed, "training": training}
         if any(not torch.equal(task.trained[name], held) for name, held in task.mask.items()):
             tensors["trained"] = pack_bits(task.trained)
+        if task.ballot is not None:
+            meaning["ballot"] = asdict(task.ballot)
         if task.a_seed is not None:
             meaning["a_seed"] = task.a_seed
             parts = ALL_PARTS - {"A"}
@@ -104,8 +117,9 @@ def decode_task(data: bytes) -> Task:
         if meaning["kind"] == "train":
             training = Training.model_validate(meaning["training"])
             trained = unpack_bits(tensors["trained"], sizes) if "trained" in tensors else mask
+            ballot = Ballot(**meaning["ballot"]) if "ballot" in meaning else None
             seed = meaning["seed"]
-            return TrainTask(*common, seed, mask, trained, adapter, head, training, folds, a_seed)
+            return TrainTask(*common, seed, mask, trained, adapter, head, training, folds, a_seed, ballot)
         if meaning["kind"] == "evaluate":
             return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"], folds)
     except (KeyError, TypeError, ValueError) as error:
@@ -124,6 +138,8 @@ def encode_update(update: ClientUpdate, task: TrainTask) -> bytes:
     }
     if any(not torch.equal(update.mask[name], bits) for name, bits in task.trained.items()):
         tensors["mask"] = pack_bits(update.mask)
+    if update.votes is not None:
+        tensors["votes"] = pack_bits(within(update.votes, task.trained))
     return _encode(_reply("update", update), tensors)
 
 
@@ -155,7 +171,20 @@ def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None
     sent = restrict(task.adapter, within(mask, task.mask))
     adapter = unflatten_adapter(_finite(tensors, "adapter"), sent, trained_parts(task.training))
     head = unflatten(_finite(tensors, "head"), {n: tuple(t.shape) for n, t in task.head.items()})
-    return ClientUpdate(task.round, task.client, mask, adapter, head, num_examples, metrics)
+    votes = _decode_votes(tensors, task)
+    return ClientUpdate(task.round, task.client, mask, adapter, head, num_examples, metrics, votes)
+
+
+def _decode_votes(tensors: Mapping[str, Tensor], task: TrainTask) -> RankMask | None:
+    """The slots of the bank that were voted for; None where nobody asked."""
+    if task.ballot is None or task.ballot.masks:
+        return None
+    if "votes" not in tensors:
+        raise WireError("tensor votes is missing")
+    marked = unpack_bits(tensors["votes"], {name: int(held.sum()) for name, held in task.trained.items()})
+    if num_slots(marked) > task.ballot.budget:
+        raise WireError(f"{num_slots(marked)} votes, allowed are {task.ballot.budget}")
+    return over_bank(marked, task.trained)
 
 
 def decode_scores(data: bytes, task: EvaluateTask) -> ClientScores:

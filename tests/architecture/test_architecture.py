@@ -17,9 +17,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors", "schema", "seed"],
     ["adapter", "recipes"],
+    ["importance"],
     ["messages"],
     ["state", "data", "models", "fused"],
-    ["wire", "sampling", "allocation", "aggregation", "lowrank"],
+    ["wire", "sampling", "voting", "allocation", "aggregation", "lowrank"],
     ["evaluation"],
     ["session", "received"],
     ["client"],

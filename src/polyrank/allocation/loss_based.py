@@ -20,10 +20,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from polyrank.adapter import RankMask, mask_and, prefix_mask
+from polyrank.adapter import RankMask
 from polyrank.messages import ClientId
 from polyrank.schema import Schema
 from polyrank.state import ServerState
+from polyrank.voting import best_slots
 
 Rank = Annotated[int, Field(ge=1)]
 
@@ -51,10 +52,7 @@ class LossBased(Schema):
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
         """The low rank for all in round 0, two ranks from then on."""
         best = set() if state.round == 0 else self.best(state)
-        low, high = (
-            mask_and(state.active, prefix_mask(state.adapter, rank))
-            for rank in (self.low_rank, self.high_rank)
-        )
+        low, high = (best_slots(state, rank) for rank in (self.low_rank, self.high_rank))
         return {client: high if client in best else low for client in cohort}
 
     def best(self, state: ServerState) -> set[ClientId]:

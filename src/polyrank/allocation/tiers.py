@@ -14,12 +14,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from polyrank.adapter import RankMask, mask_and, prefix_mask
+from polyrank.adapter import RankMask
 from polyrank.errors import InputError, choices
 from polyrank.messages import ClientId
 from polyrank.schema import Schema
 from polyrank.seed import seed_for
 from polyrank.state import ServerState
+from polyrank.voting import best_slots
 
 
 class Tier(Schema):
@@ -57,10 +58,7 @@ class Tiers(Schema):
         """Raises: InputError when a tier names a client that does not exist."""
         ranks = self.ranks(list(state.clients), state.seed)
         return {
-            client: mask_and(state.active, prefix_mask(state.adapter, ranks[client]))
-            if client in ranks
-            else state.active
-            for client in cohort
+            client: best_slots(state, ranks[client]) if client in ranks else state.active for client in cohort
         }
 
     def ranks(self, population: Sequence[ClientId], seed: int) -> Mapping[ClientId, int]:

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from polyrank.adapter import RankMask, mask_and, prefix_mask
+from polyrank.adapter import RankMask
 from polyrank.messages import ClientId
 from polyrank.schema import Schema
 from polyrank.state import ServerState
+from polyrank.voting import best_slots
 
 
 class Uniform(Schema):
@@ -28,7 +29,5 @@ class Uniform(Schema):
         return self.rank
 
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
-        mask = state.active
-        if self.rank is not None:
-            mask = mask_and(mask, prefix_mask(state.adapter, self.rank))
+        mask = state.active if self.rank is None else best_slots(state, self.rank)
         return dict.fromkeys(cohort, mask)
