@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyrank.adapter import embed, full_mask, new_adapter, restrict
+from polyrank.adapter import embed, full_mask, new_adapter, num_slots, restrict
 from polyrank.aggregation import Stacking
 from polyrank.allocation import LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
@@ -41,6 +41,7 @@ from polyrank.ledger import (
     refuse_existing,
     round_row,
     score_rows,
+    slot_row,
     versions,
 )
 from polyrank.messages import ClientUpdate, Folds
@@ -235,6 +236,8 @@ def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any
             rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
             folder.append("rounds.jsonl", rows[-1:])
             folder.append("clients.jsonl", client_rows(record))
+            if config.voting is not None:
+                folder.append("slots.jsonl", [slot_row(record)])
             yield rows[-1]
         yield finish(experiment, folder, state, rows, started)
     finally:
@@ -275,6 +278,7 @@ def finish(
         "failed": sum(row["failed"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
+        "active_slots": num_slots(state.active),
     }
     if config.evaluation.per_client:
         summary |= _score_clients(experiment, folder, state)

@@ -167,8 +167,16 @@ def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[s
         "bytes_down": sum(reply.bytes_down for reply in replies),
         "bytes_up": sum(reply.bytes_up for reply in replies),
         "client_wall_s": sum(reply.wall_s for reply in replies),
+        "active_slots": sum(record.active.values()),
     }
+    if record.budget is not None:
+        row["planned_slots"] = record.budget
     return row | {f"test_{name}": value for name, value in (scores or {}).items()}
+
+
+def slot_row(record: RoundRecord) -> dict[str, Any]:
+    """One line of slots.jsonl: the active slots of each module when the round began."""
+    return {"round": record.round, "slots": dict(record.active)}
 
 
 def client_rows(record: RoundRecord) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import torch
 
 from polyrank.adapter import (
     Adapter,
+    ModuleName,
     RankMask,
     fresh_slots,
     mask_and,
@@ -109,12 +110,19 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """What one round cost and brought."""
+    """What one round cost and brought.
+
+    Args:
+        active: slots of each module that were in use when the round began.
+        budget: slots that voting may keep once it is over; None without voting.
+    """
 
     round: int
     learning_rate: float
     aggregation_error: float = 0.0
     replies: Sequence[Reply] = field(default_factory=tuple)
+    active: Mapping[ModuleName, int] = field(default_factory=dict)
+    budget: int | None = None
 
     @property
     def learned(self) -> list[Learned]:
@@ -159,7 +167,9 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
         training = training_at(fed.training, state.round, fed.rounds)
         merged, error = merge(fed, state, Updates(received, usable), training)
         after = advance(fed, state, merged, replies, received)
-    return after, RoundRecord(state.round, training.learning_rate, error, replies)
+    active = {name: int(held.sum()) for name, held in state.active.items()}
+    budget = None if fed.voting is None else fed.voting.budget(state.adapter, state.round, fed.rounds)
+    return after, RoundRecord(state.round, training.learning_rate, error, replies, active, budget)
 
 
 def merge(

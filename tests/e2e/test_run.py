@@ -255,3 +255,29 @@ def test_misuse_of_the_command_line_is_one_line(words):
 
 def test_the_version():
     assert polyrank_command("--version").stdout.strip() == polyrank.__version__
+
+
+def test_fedara_shrinks_reports_and_exports(tiny_settings, tmp_path):
+    """Half the slots are voted out; the report shows it; PEFT gets the pattern that is left."""
+    out = tmp_path / "fedara"
+    given = [*tiny_settings, "method=fedara", "rounds=4", "adapter.rank=3", "adapter.targets=attention"]
+    given += ["voting.target_rank=1", "voting.arbitration=top"]
+    done = polyrank_command("run", *settings_as_words(given), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    lines = rows(out / "rounds.jsonl")
+    slots = rows(out / "slots.jsonl")
+    summary = json.loads((out / "summary.json").read_text())
+    modules = len(slots[0]["slots"])
+    assert lines[0]["active_slots"] == 3 * modules
+    assert [row["planned_slots"] for row in lines][-1] == summary["active_slots"] == modules
+    assert lines[-1]["bytes_down"] < lines[0]["bytes_down"]
+    page = (out / "report.html").read_text()
+    assert "Active slots of each module" in page
+    pattern = json.loads((out / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    from polyrank.checkpoint import load_state
+
+    state = load_state(out / "state.safetensors")
+    held = {name: int(bits.sum()) for name, bits in state.active.items()}
+    assert sum(held.values()) == modules
+    assert all(rank in (1, 2, 3) for rank in pattern.values())
+    assert set(state.shares) == set(held)

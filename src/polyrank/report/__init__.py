@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from polyrank.ledger import RunFolder
-from polyrank.report.figures import bars, curve, label_histogram
+from polyrank.report.figures import bars, curve, heat_map, label_histogram
 
 
 def write_report(folder: RunFolder) -> None:
@@ -51,6 +51,9 @@ def write_report(folder: RunFolder) -> None:
             [client["label_counts"] for client in partition["clients"]],
         ),
     }
+    slots = folder.read_rows("slots.jsonl")
+    if slots:
+        figures |= _slot_figures(rows, slots, summary["active_slots"])
     client_scores = folder.read_rows("client_scores.jsonl")
     if client_scores:
         accuracies = sorted(row["accuracy"] for row in client_scores)
@@ -64,8 +67,48 @@ def write_report(folder: RunFolder) -> None:
         config=dotted(folder.read("config.json")),
         versions=dotted(folder.read("versions.json")),
         num_clients=len(partition["clients"]),
+        died=dead_modules(slots),
     )
     (folder.path / "report.html").write_text(page, encoding="utf-8")
+
+
+def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last: int) -> dict[str, Any]:
+    """How voting shrank the active set: total against plan, module by module, and the time of a step."""
+    rounds = [row["round"] + 1 for row in rows]
+    modules = list(slots[0]["slots"])
+    after = [*(row["active_slots"] for row in rows[1:]), last]
+    return {
+        "Active slots after each round": curve(
+            "round",
+            {
+                "planned": (rounds, [row["planned_slots"] for row in rows]),
+                "realised": (rounds, after),
+            },
+        ),
+        "Milliseconds per local step": curve(
+            "round", {"step": (rounds, [1e3 * row["client_wall_s"] / row["steps"] for row in rows])}
+        ),
+        "Active slots of each module": heat_map(
+            "round", _short(modules), [list(row["slots"].values()) for row in slots]
+        ),
+    }
+
+
+def dead_modules(slots: list[dict[str, Any]]) -> dict[str, int]:
+    """The first round, from 1, that each detached module did without, by module."""
+    died: dict[str, int] = {}
+    for row in slots:
+        for name, count in row["slots"].items():
+            if count == 0:
+                died.setdefault(name, row["round"] + 1)
+    return died
+
+
+def _short(modules: list[str]) -> list[str]:
+    """Module names without the words that all begin with."""
+    words = [name.split(".") for name in modules]
+    shared = sum(1 for same in zip(*words, strict=False) if len(set(same)) == 1)
+    return [".".join(parts[min(shared, len(parts) - 1) :]) for parts in words]
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, str]:

@@ -94,6 +94,28 @@ def label_histogram(
         return _svg(figure, axes)
 
 
+def heat_map(x_label: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
+    """A row per name and a column per round, from 1; the fuller the colour, the larger the count.
+
+    Args:
+        counts: one sequence per round, in the order of the names.
+    """
+    most = max(max(column) for column in counts)
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(6.4, 0.9 + 0.2 * len(names)))
+        axes = figure.add_subplot()
+        for round_, column in enumerate(counts, 1):
+            for row, count in enumerate(column):
+                alpha = count / most
+                axes.barh(row, 1, left=round_ - 0.5, height=1, color=SERIES[0], alpha=alpha, linewidth=0)
+        axes.set_yticks(range(len(names)), list(names), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{x_label} (full colour: {most})")
+        axes.margins(0)
+        _integer_ticks(axes, len(counts))
+        return _svg(figure, axes)
+
+
 def _axes(x_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 3.2))
     axes = figure.add_subplot()
