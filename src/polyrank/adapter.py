@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -140,6 +140,11 @@ def over_bank(part: RankMask, held: RankMask) -> RankMask:
         if name in part:
             whole[name][slots] = part[name]
     return whole
+
+
+def block_numbers(names: Iterable[ModuleName]) -> dict[ModuleName, int]:
+    """Depth of the block that each module is in: the first number in its dotted name; 0 without one."""
+    return {name: next((int(word) for word in name.split(".") if word.isdigit()), 0) for name in names}
 
 
 def num_slots(mask: RankMask) -> int:

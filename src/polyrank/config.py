@@ -49,6 +49,8 @@ class AdapterTable(Schema):
     """R, the slots of every module."""
     scale: Annotated[float, Field(gt=0)] = 2.0
     """Multiplies the product; PEFT's ``lora_alpha`` is scale x rank."""
+    start: Literal["zero", "weights"] = "zero"
+    """``weights``: the largest singular values of the adapted weights, which the frozen part then lacks."""
     untrained: Untrained = "absent"
     """What a client does with active slots that it does not train: nothing, or hold them frozen."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
@@ -134,9 +136,8 @@ class Config(Schema):
                 f"must be 'both' under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             )
             raise InputError("training.factors", self.training.factors, allowed)
-        if isinstance(self.aggregation, FedAvg) and (
-            self.allocation.kind != "uniform" or self.training.prune_keep is not None
-        ):
+        same_for_all = self.allocation.kind in ("uniform", "progressive_depth")
+        if isinstance(self.aggregation, FedAvg) and not (same_for_all and self.training.prune_keep is None):
             kind = f"{self.allocation.kind} or self-pruning"
             allowed = f"needs equal ranks; for allocation by {kind} take e.g. 'replication_padding'"
             raise InputError("aggregation.kind", "fedavg", allowed)

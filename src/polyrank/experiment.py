@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyrank.adapter import embed, full_mask, new_adapter, num_slots, restrict
+from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, num_slots, restrict
 from polyrank.aggregation import Stacking
 from polyrank.allocation import LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
@@ -44,6 +44,7 @@ from polyrank.ledger import (
     slot_row,
     versions,
 )
+from polyrank.lowrank import fold, negated, weights_start
 from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
@@ -113,13 +114,7 @@ def prepare(config: Config) -> Experiment:
     if config.adapter.rank > width:
         allowed = f"at most the width of the narrowest adapted map, {width}"
         raise InputError("adapter.rank", config.adapter.rank, allowed)
-    adapter = new_adapter(
-        shapes,
-        form=config.adapter.form,
-        rank=config.adapter.rank,
-        scale=config.adapter.scale,
-        seed=config.seed,
-    )
+    adapter = _bank(config, model, shapes)
     encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
     if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
         raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
@@ -131,7 +126,8 @@ def prepare(config: Config) -> Experiment:
             model,
             encoded.select(rows.train),
             encoded.select(rows.holdout) if rows.holdout else None,
-            prefix=cache,
+            list(model.folded),
+            cache,
         )
         for rows in clients
     }
@@ -147,9 +143,22 @@ def prepare(config: Config) -> Experiment:
         validate=None if kept is None else _validation(config, model, kept),
     )
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
-    records = {rows.client: ClientRecord() for rows in clients}
-    start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records)
+    folds = [negated(adapter)] if model.folded else []
+    records = {rows.client: ClientRecord(len(folds)) for rows in clients}
+    start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records, folds)
     return Experiment(config, corpus, clients, model, test, federation, start, cache)
+
+
+def _bank(config: Config, model: BaseModel, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The slots that a run begins with; what they take from the frozen weights is taken here."""
+    table = config.adapter
+    adapter = new_adapter(shapes, form=table.form, rank=table.rank, scale=table.scale, seed=config.seed)
+    if table.start == "weights":
+        adapter = weights_start(model.network, adapter)
+        away = negated(adapter)
+        fold(model.network, away)
+        model.folded.append(fingerprint(away))
+    return adapter
 
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:

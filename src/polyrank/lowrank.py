@@ -124,6 +124,34 @@ def read_adapter(layers: Mapping[str, LowRankLinear], like: Adapter, client: int
     return Adapter(like.form, modules)
 
 
+def weights_start(network: nn.Module, like: Adapter) -> Adapter:
+    """An adapter of the shapes of ``like`` that is the largest singular values of the weights it adapts.
+
+    ``lora``: B = U sqrt(S / s), A = sqrt(S / s) V'; ``svd``: B = U, e = S / s, A = V'.
+    """
+    modules = {}
+    for name, factors in like.modules.items():
+        module, rank = network.get_submodule(name), factors.rank
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        dense = (weight.T if isinstance(module, Conv1D) else weight).detach().cpu()
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+        U, S, Vh = U[:, :rank], S[:rank] / factors.scale, Vh[:rank]
+        if like.form == "svd":
+            modules[name] = Factors(U.contiguous(), Vh.contiguous(), factors.scale, S)
+        else:
+            modules[name] = Factors(U * S.sqrt(), S.sqrt()[:, None] * Vh, factors.scale)
+    return Adapter(like.form, modules)
+
+
+def negated(adapter: Adapter) -> Adapter:
+    """The adapter, in form ``lora``, whose product is minus that of this one."""
+    modules = {}
+    for name, f in adapter.modules.items():
+        modules[name] = Factors(-f.B if f.e is None else -f.B * f.e, f.A, f.scale)
+    return Adapter("lora", modules)
+
+
 def fold(network: nn.Module, adapter: Adapter) -> None:
     """Add the adapter's product to the frozen weights, for good."""
     with torch.no_grad():

@@ -15,10 +15,13 @@ from typing import Annotated
 from pydantic import Field
 
 from polyrank.allocation.loss_based import LossBased
+from polyrank.allocation.progressive_depth import ProgressiveDepth
 from polyrank.allocation.random_slots import RandomSlotChoice
 from polyrank.allocation.tiers import Tiers
 from polyrank.allocation.uniform import Uniform
 
-Allocation = Annotated[Uniform | Tiers | LossBased | RandomSlotChoice, Field(discriminator="kind")]
+Allocation = Annotated[
+    Uniform | Tiers | LossBased | RandomSlotChoice | ProgressiveDepth, Field(discriminator="kind")
+]
 
-__all__ = ["Allocation", "LossBased", "RandomSlotChoice", "Tiers", "Uniform"]
+__all__ = ["Allocation", "LossBased", "ProgressiveDepth", "RandomSlotChoice", "Tiers", "Uniform"]

@@ -1,0 +1,62 @@
+"""Baselines of FedARA and LEGEND: a start from the weights, depth that grows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from polyrank.adapter import block_numbers, delta_weight, full_mask, new_adapter
+from polyrank.allocation.progressive_depth import ProgressiveDepth
+from polyrank.lowrank import fold, installed, negated, weights_start
+from polyrank.models.targets import resolve_targets
+from tests.builders import random_adapter, state_of
+from tests.conftest import tiny_model
+from tests.unit.test_lowrank import IDS
+
+
+@pytest.mark.parametrize("form", ["lora", "svd"])
+def test_a_start_from_the_weights_is_the_base_model(family, form):
+    model = tiny_model(family)
+    with torch.no_grad():  # large weights, so that attention matters
+        for p in model.network.parameters():
+            p.mul_(8 if p.ndim == 2 else 1)
+    shapes = resolve_targets(model.network, model.blocks, "attention")
+    bank = new_adapter(shapes, form=form, rank=3, scale=2.0, seed=0)
+    start = weights_start(model.network, bank)
+    name, factors = next(iter(start.modules.items()))
+    module = model.network.get_submodule(name)
+    weight = module.weight.detach() if module.weight.shape == shapes[name] else module.weight.detach().T
+    strongest = torch.linalg.svdvals(weight)[:3]
+    assert torch.allclose(torch.linalg.svdvals(delta_weight(factors))[:3], strongest, rtol=1e-4)
+    with torch.no_grad():
+        before = model.network(input_ids=IDS).logits
+        fold(model.network, negated(start))
+        apart = model.network(input_ids=IDS).logits
+        with installed(model.network, [start]):
+            together = model.network(input_ids=IDS).logits
+    away = float((apart - before).abs().max())
+    assert away > 1e-3
+    assert float((together - before).abs().max()) < 1e-3 * away
+
+
+def test_blocks_by_name():
+    names = ["bert.encoder.layer.3.attention.self.query", "transformer.h.11.attn.c_attn", "pooler.dense"]
+    assert list(block_numbers(names).values()) == [3, 11, 0]
+
+
+def test_depth_grows_from_the_output():
+    shapes = {f"layer.{block}.{m}": (4, 4) for block in range(4) for m in "qv"}
+    state = state_of(random_adapter(0, 2, shapes=shapes))
+    policy = ProgressiveDepth(first_depth=1, add=2, every=3)
+    depths = []
+    for round_ in range(8):
+        mask = policy.allocate(dataclasses.replace(state, round=round_), ["a"])["a"]
+        held = {int(name.split(".")[1]) for name, slots in mask.items() if bool(slots.any())}
+        assert held == set(range(4 - len(held), 4))
+        assert all(bool(slots.all()) or not bool(slots.any()) for slots in mask.values())
+        depths.append(len(held))
+    assert depths == [1, 1, 1, 3, 3, 3, 4, 4]
+    whole = full_mask(state.adapter)
+    assert all(torch.equal(slots, whole[name]) for name, slots in mask.items())
