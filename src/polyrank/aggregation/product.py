@@ -1,8 +1,8 @@
-"""Aggregation in product space, in factored form: no O x I matrix is ever built.
+"""Aggregation in product space, in factored form: no O x I matrix is built while the sum of ranks is smaller.
 
 A weighted sum of products is one tall product, sum_k B_k diag(w_k) A_k = L Rg with L = [B_1 diag(w_1) | ..]
 and Rg = [A_1 ; ..]. Thin QR of L and of Rg' leaves a small core whose SVD is that of the product:
-O((sum r)^2 (O + I)) instead of O(O I min(O, I)).
+O((sum r)^2 (O + I)) instead of O(O I min(O, I)). All factors of a module are needed at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from polyrank.adapter import Adapter, Factors
 from polyrank.messages import ClientUpdate
@@ -25,18 +26,43 @@ NULL = 1e-6
 def stack(parts: Sequence[Part]) -> tuple[Float[Tensor, "O S"], Float[Tensor, "S I"]]:
     """L and Rg of the weighted sum of products; scale and e are absorbed into L. S is the sum of ranks."""
     left = [f.B * (f.scale * weights if f.e is None else f.scale * weights * f.e) for f, weights in parts]
-    return torch.cat(left, dim=1), torch.cat([f.A for f, _ in parts], dim=0)
+    return torch.cat(left, dim=1), torch.cat([f.A.to(left[0].dtype) for f, _ in parts], dim=0)
 
 
 def truncated_svd(
     left: Float[Tensor, "O S"], right: Float[Tensor, "S I"], rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O, k], s [k] falling, Vh [k, I] of left @ right, with k = min(rank, O, I, S)."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    U, s, Vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    """U [O, k], s [k] falling, Vh [k, I] of left @ right, with k = min(rank, O, I, S).
+
+    An error of float32 in the vectors moves u' core v only to second order, so s is taken again from unit
+    vectors and a float64 core. Q is never built: its reflections turn k columns only.
+    """
+    left_qr, right_qr = Reflected(left), Reflected(right.T)
+    core = left_qr.upper.double() @ right_qr.upper.T.double()
+    U, s, Vh = torch.linalg.svd(core.to(left.dtype), full_matrices=False)
     k = min(rank, s.numel())
-    return q_left @ U[:, :k], s[:k], Vh[:k] @ q_right.T
+    U, V = (normalize(vectors[:, :k].double(), dim=0) for vectors in (U, Vh.T))
+    s = (U * (core @ V)).sum(dim=0)
+    return left_qr.turn(U.to(left.dtype)), s.to(left.dtype), right_qr.turn(V.to(left.dtype)).T
+
+
+class Reflected:
+    """QR of a tall matrix; a wide one, which no QR makes smaller, is its own R."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.upper = self._packed = matrix
+        self._tau: Tensor | None = None
+        if matrix.shape[0] > matrix.shape[1]:
+            self._packed, self._tau = torch.geqrf(matrix)
+            self.upper = self._packed[: matrix.shape[1]].triu()
+
+    def turn(self, columns: Tensor) -> Tensor:
+        """Q @ columns."""
+        if self._tau is None:
+            return columns
+        padded = columns.new_zeros(self._packed.shape[0], columns.shape[1])
+        padded[: columns.shape[0]] = columns
+        return torch.ormqr(self._packed, self._tau, padded)
 
 
 def refactor(parts: Sequence[Part], bank: Factors) -> Factors:

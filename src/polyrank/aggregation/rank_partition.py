@@ -6,6 +6,7 @@ Source: raFLoRA (arXiv 2602.13486).
 
 Slots between two neighbouring client ranks have the same holders, so the sum over slots is the paper's sum
 over rank intervals. No dilution while all levels take part. Fails: what only absent levels held is lost.
+Costs: all updates are held at once; one SVD per module.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class RankPartition(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
+        updates = list(updates)
         weights = client_weights(updates, self.weights)
 
         def parts(name: str) -> list[Part]:

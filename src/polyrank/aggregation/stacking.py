@@ -6,7 +6,7 @@ Source: FLoRA (Wang et al., arXiv 2409.05976).
 
 The stack joins the frozen weights of the server and of every client; a client that skipped rounds gets
 the stacks it missed with its next task, once. The bank restarts with a zero product.
-Costs: the sum of ranks goes down, and the base drifts with every round.
+Costs: the sum of ranks goes down, the base drifts with every round, and all updates are held at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Stacking(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
+        updates = list(updates)
         weights = client_weights(updates, self.weights)
         pairs = list(zip(updates, weights, strict=True))
         modules = {}

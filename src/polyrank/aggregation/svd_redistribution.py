@@ -5,6 +5,7 @@ Source: FlexLoRA (Bai et al., arXiv 2402.11505).
     Delta W = sum_k p_k s B_k A_k = U S V'        a client of rank r gets the r strongest slots
 
 Exact up to truncation. Fails: ranks that only some clients reach are diluted by the others' zeros.
+Costs: all updates are held at once; one SVD per module.
 Differs: computed from the factors (`product.py`), with the singular values split evenly between B and A.
 """
 
@@ -30,6 +31,7 @@ class SvdRedistribution(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
+        updates = list(updates)
         weights = client_weights(updates, self.weights)
 
         def parts(name: str) -> list[Part]:
