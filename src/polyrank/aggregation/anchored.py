@@ -11,7 +11,8 @@ kappa = 1 is the unbiased mean of changes, 0 the owners' mean with memory, 0.5 t
 coordinates, so it works with FedARA's masks. With ``adapter.untrained = "frozen"`` a client sees all slots
 and trains its own.
 
-A round in which nobody learns anything changes nothing, at any participation.
+A round in which nobody learns anything changes nothing, at any participation. In product space all updates
+are held at once.
 """
 
 from __future__ import annotations
@@ -21,16 +22,10 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from polyrank.adapter import Adapter
-from polyrank.aggregation.base import (
-    Aggregated,
-    Weights,
-    client_weights,
-    mean_head,
-    slot_mean,
-    slots_first,
-)
+from polyrank.aggregation.base import Aggregated, Weights, blend, client_weights, mean_head, sums_of
 from polyrank.aggregation.product import Part, holders, refactor_adapter, slot_mass
 from polyrank.messages import ClientUpdate
 from polyrank.schema import Schema
@@ -47,10 +42,17 @@ class Anchored(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
-        weights = client_weights(updates, self.weights)
-        head = mean_head(updates, weights, state.head)
-        move = self._in_products if self.space == "product" else self._in_factors
-        return Aggregated(move(state.adapter, updates, weights), head)
+        if self.space == "product":
+            updates = list(updates)
+            weights = client_weights(updates, self.weights)
+            head = mean_head(updates, weights, state.head)
+            return Aggregated(self._in_products(state.adapter, updates, weights), head)
+        slots, heads = sums_of(state, updates, self.weights)
+        eta = {name: self._eta(mass) for name, mass in slots.shares().items()}
+        return Aggregated(blend(state.adapter, slots.mean(), eta), heads.mean())
+
+    def _eta(self, mass: Tensor) -> Tensor:
+        return torch.where(mass > 0, mass**self.kappa, 0.0)
 
     def _in_products(
         self, bank: Adapter, updates: Sequence[ClientUpdate], weights: Sequence[float]
@@ -58,25 +60,8 @@ class Anchored(Schema):
         def parts(name: str) -> list[Part]:
             held, old = holders(updates, weights, name), bank.modules[name]
             mass = slot_mass(held, name, old.rank)
-            eta = torch.where(mass > 0, mass**self.kappa, 0.0)
+            eta = self._eta(mass)
             own = [(u.adapter.modules[name], (eta * p / mass)[u.mask[name]]) for u, p in held]
             return [*own, (old, 1 - eta)]
 
         return refactor_adapter(bank, parts)
-
-    def _in_factors(
-        self, bank: Adapter, updates: Sequence[ClientUpdate], weights: Sequence[float]
-    ) -> Adapter:
-        owners = slot_mean(bank, updates, weights)
-        modules = {}
-        for name, old in bank.modules.items():
-            mass = slot_mass(holders(updates, weights, name), name, old.rank)
-            eta = torch.where(mass > 0, mass**self.kappa, 0.0)
-            moved = {}
-            for part, tensor in old.tensors().items():
-                value, mean = tensor.clone(), owners.modules[name].tensors()[part]
-                share = eta.view(-1, *[1] * (tensor.ndim - 1))
-                slots_first(value, part).lerp_(slots_first(mean, part), share)
-                moved[part] = value
-            modules[name] = old.with_tensors(moved)
-        return Adapter(bank.form, modules)

@@ -10,16 +10,12 @@ Exactness: mean(B) mean(A) is not mean(B A); the two agree only when all clients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from polyrank.aggregation.base import (
-    Aggregated,
-    Weights,
-    client_weights,
-    mean_head,
-    slot_mean,
-)
+import torch
+
+from polyrank.aggregation.base import Aggregated, Weights, sums_of
 from polyrank.errors import InputError
 from polyrank.messages import ClientUpdate
 from polyrank.schema import Schema
@@ -34,10 +30,14 @@ class FedAvg(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Raises: InputError when two clients hold different slots."""
-        first = updates[0].mask
-        for update in updates[1:]:
-            if any(not bool((update.mask[name] == held).all()) for name, held in first.items()):
-                raise InputError("aggregation.kind", "fedavg", "needs equal ranks on all clients")
-        weights = client_weights(updates, self.weights)
-        adapter = slot_mean(state.adapter, updates, weights)
-        return Aggregated(adapter, mean_head(updates, weights, state.head))
+        slots, head = sums_of(state, _of_equal_masks(updates), self.weights)
+        return Aggregated(slots.mean(), head.mean())
+
+
+def _of_equal_masks(updates: Sequence[ClientUpdate]) -> Iterator[ClientUpdate]:
+    first = None
+    for update in updates:
+        first = first or update.mask
+        if not all(torch.equal(update.mask[name], held) for name, held in first.items()):
+            raise InputError("aggregation.kind", "fedavg", "needs equal ranks on all clients")
+        yield update

@@ -11,16 +11,11 @@ Differs: a slot that nobody trained keeps its value; heads are averaged by examp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-from polyrank.aggregation.base import (
-    Aggregated,
-    client_weights,
-    mean_head,
-    product_norm,
-    slot_mean,
-)
+from polyrank.aggregation.base import Aggregated, HeadSums, SlotSums, product_norm, sums_of
 from polyrank.messages import ClientUpdate
 from polyrank.schema import Schema
 from polyrank.state import ServerState
@@ -33,16 +28,15 @@ class NormWeighted(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
-        adapter = slot_mean(state.adapter, updates, norm_weights(updates), over_holders=False)
-        by_examples = client_weights(updates, "examples")
-        return Aggregated(adapter, mean_head(updates, by_examples, state.head))
+        slots, head = SlotSums(state.adapter), HeadSums(state.head)
+        for update in updates:
+            slots.add(update, update_norm(update))
+            head.add(update.head, update.num_examples)
+        if slots.whole == 0:  # nobody has a product yet, as in the first round
+            slots, _ = sums_of(state, updates, "uniform")
+        return Aggregated(slots.mean_with_zeros(), head.mean())
 
 
-def norm_weights(updates: Sequence[ClientUpdate]) -> list[float]:
-    """Each update's share of the sum of product norms; equal shares when all are 0."""
-    norms = [
-        sum(product_norm(factors) ** 2 for factors in update.adapter.modules.values()) ** 0.5
-        for update in updates
-    ]
-    total = sum(norms)
-    return [norm / total for norm in norms] if total > 0 else client_weights(updates, "uniform")
+def update_norm(update: ClientUpdate) -> float:
+    """Frobenius norm of the products of all modules together."""
+    return math.hypot(*(product_norm(factors) for factors in update.adapter.modules.values()))

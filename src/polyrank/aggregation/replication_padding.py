@@ -14,19 +14,10 @@ holds keeps its value, never zeros (our choice).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
-import torch
-
-from polyrank.adapter import Adapter, embed, num_slots, restrict
-from polyrank.aggregation.base import (
-    Aggregated,
-    Weights,
-    client_weights,
-    mean_head,
-    slot_mean,
-)
+from polyrank.adapter import Adapter, num_slots
+from polyrank.aggregation.base import Aggregated, HeadSums, SlotSums, Weights, blend, count_of, sums_of
 from polyrank.messages import ClientUpdate
 from polyrank.schema import Schema
 from polyrank.state import ServerState
@@ -41,26 +32,39 @@ class ReplicationPadding(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
-        weights = client_weights(updates, self.weights)
-        head = mean_head(updates, weights, state.head)
-        holders_mean = slot_mean(state.adapter, updates, weights)
         if self.fill == "cascade":
-            return Aggregated(holders_mean, head)
-        return Aggregated(_filled_from_top(state.adapter, holders_mean, updates, weights), head)
+            slots, head = sums_of(state, updates, self.weights)
+            return Aggregated(slots.mean(), head.mean())
+        slots, top, head = SlotSums(state.adapter), TopSums(state.adapter), HeadSums(state.head)
+        for update in updates:
+            weight = count_of(update, self.weights)
+            slots.add(update, weight)
+            top.add(update, weight)
+            head.add(update.head, weight)
+        return Aggregated(_filled_from_top(slots, top.sums), head.mean())
 
 
-def _filled_from_top(
-    bank: Adapter, holders_mean: Adapter, updates: Sequence[ClientUpdate], weights: Sequence[float]
-) -> Adapter:
-    """Average the updates after padding each with the mean of the highest rank.
+class TopSums:
+    """Sums over the clients of the highest rank seen so far."""
+
+    def __init__(self, like: Adapter) -> None:
+        self.sums = SlotSums(like)
+        self._rank = 0
+
+    def add(self, update: ClientUpdate, weight: float) -> None:
+        """Count one update in, if none before it held more slots."""
+        rank = num_slots(update.mask)
+        if rank > self._rank:
+            self.sums, self._rank = SlotSums(self.sums.like), rank
+        if rank == self._rank:
+            self.sums.add(update, weight)
+
+
+def _filled_from_top(slots: SlotSums, top: SlotSums) -> Adapter:
+    """The mean over all clients, where those that lack a slot count with the mean of the highest rank.
 
     Where the highest rank does not reach (a module it does not adapt), the holders' mean stands in.
     """
-    ranks = [num_slots(update.mask) for update in updates]
-    top = [(u, w) for u, w, r in zip(updates, weights, ranks, strict=True) if r == max(ranks)]
-    top_mean = slot_mean(holders_mean, [u for u, _ in top], [w for _, w in top])
-    held = {name: torch.stack([u.mask[name] for u in updates]).any(dim=0) for name in bank.modules}
-    padded = [
-        replace(u, adapter=restrict(embed(u.adapter, u.mask, top_mean), held), mask=held) for u in updates
-    ]
-    return slot_mean(bank, padded, weights)
+    held, padded = slots.shares(), top.shares()
+    lacking = {name: (1 - share) * (padded[name] > 0) for name, share in held.items()}
+    return blend(slots.mean(), top.mean(), lacking)

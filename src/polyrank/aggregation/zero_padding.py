@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from polyrank.aggregation.base import Aggregated, Weights, client_weights, mean_head, slot_mean
+from polyrank.aggregation.base import Aggregated, Weights, sums_of
 from polyrank.messages import ClientUpdate
 from polyrank.schema import Schema
 from polyrank.state import ServerState
@@ -29,6 +29,5 @@ class ZeroPadding(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort."""
-        weights = client_weights(updates, self.weights)
-        adapter = slot_mean(state.adapter, updates, weights, over_holders=False)
-        return Aggregated(adapter, mean_head(updates, weights, state.head))
+        slots, head = sums_of(state, updates, self.weights)
+        return Aggregated(slots.mean_with_zeros(), head.mean())
