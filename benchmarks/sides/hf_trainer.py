@@ -1,0 +1,72 @@
+"""A transformers.Trainer for each client and round, around one resident PEFT model."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from benchmarks.sides.peft_loop import put_in, resident_model, take_out
+from benchmarks.sides.work import (
+    Session,
+    Work,
+    folders,
+    mark_session,
+    read_work,
+    weighted_mean,
+    write_final,
+)
+
+
+def main() -> None:
+    folder, out = folders()
+    work = read_work(folder)
+    model, parameters = resident_model(work)
+    state = work.start
+    with tempfile.TemporaryDirectory() as scratch:
+        for cohort in work.plan.rounds:
+            states = []
+            for session in cohort:
+                mark_session(out)
+                put_in(parameters, state)
+                train(model, work, session, scratch)
+                states.append(take_out(parameters))
+            state = weighted_mean(states, [session.num_examples for session in cohort])
+    write_final(state, out)
+
+
+def train(model: Any, work: Work, session: Session, scratch: str) -> None:
+    """One client's local steps by a Trainer of its own that keeps, logs and reports nothing."""
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        optim="sgd",
+        learning_rate=work.plan.training["learning_rate"],
+        lr_scheduler_type="constant",
+        max_steps=len(session.batches),
+        max_grad_norm=0.0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=arguments)
+    loader: Any = DataLoader(
+        range(len(work.labels)), batch_sampler=session.batches, collate_fn=partial(collate, work)
+    )
+    trainer.get_train_dataloader = lambda: loader  # the very rows of the plan, in their order
+    trainer.train()
+
+
+def collate(work: Work, rows: list[int]) -> dict[str, Tensor]:
+    """A batch as a Trainer's model takes it."""
+    inputs, labels = work.batch(rows)
+    return inputs | {"labels": labels}
+
+
+if __name__ == "__main__":
+    main()
