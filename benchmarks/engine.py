@@ -1,6 +1,6 @@
 """Training steps per CPU-second: polyrank against a plain transformers + PEFT loop, on the same work.
 
-    python benchmarks/engine.py --out DATED.json
+    python -m benchmarks.engine --out DATED.json
 
 One thread, the two sides take turns within one process; medians of the ratios over the pairs, with the
 least and the most. Every row first checks that both sides end in the same adapter (fp32 rows) or close
