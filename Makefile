@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests studies examples benchmarks
 
-.PHONY: install run test check slow clean
+BENCH := .venv-bench
+RESULTS := benchmarks/results/$(shell date +%F)
+DATA ?=
+PAIRS ?= 5
+
+.PHONY: install run test check slow bench clean
 
 install: $(VENV)/installed
 
@@ -29,5 +34,20 @@ check: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Flower wants an older typer and packaging than the tested versions name, so it lives in a place of its own.
+$(BENCH)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(BENCH)
+	grep -v -E '^(typer|packaging)==' constraints.txt > $(BENCH)/constraints.txt
+	$(BENCH)/bin/python -m pip install --quiet --constraint $(BENCH)/constraints.txt torch==2.13.0
+	$(BENCH)/bin/python -m pip install --quiet --constraint $(BENCH)/constraints.txt --editable '.[demo,bench]'
+	@touch $@
+
+# Takes hours. DATA names the folder that holds ag_news/; without it that part is skipped.
+bench: $(BENCH)/installed
+	$(BENCH)/bin/python -m benchmarks.engine --pairs $(PAIRS) --out $(RESULTS)-engine.json
+	$(BENCH)/bin/python -m benchmarks.aggregation --out $(RESULTS)-aggregation.json
+	$(BENCH)/bin/python -m benchmarks.costs --pairs $(PAIRS) --out $(RESULTS)-costs.json
+	$(BENCH)/bin/python -m benchmarks.peers --pairs $(PAIRS) $(if $(DATA),--data $(DATA)) --out $(RESULTS)-peers.json
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(BENCH)
