@@ -17,7 +17,6 @@ from benchmarks.peers import COHORT, ROUNDS, STEPS, VARIANTS, Variant
 from benchmarks.sides.polyrank_side import client_name
 from benchmarks.sides.work import Plan, Session, State, Work, write_work
 from polyrank.adapter import new_adapter
-from polyrank.client import batches
 from polyrank.data.partition import Dirichlet, share_out
 from polyrank.data.source import load_corpus
 from polyrank.data.texts import Data
@@ -27,6 +26,7 @@ from polyrank.models.load import BaseModel, load_base, packaged_model, read_head
 from polyrank.models.targets import resolve_targets
 from polyrank.sampling import SampleCount
 from polyrank.seed import seed_for
+from polyrank.session import batches
 
 SEED, CLIENTS, RANK, SCALE = 0, 20, 8, 2.0
 TRAINING: dict[str, Any] = {

@@ -13,7 +13,6 @@ from benchmarks.sides.work import State, Work, folders, mark_session, read_work,
 from polyrank.adapter import Adapter, Factors, Head, full_mask
 from polyrank.aggregation import FedAvg
 from polyrank.allocation import Uniform
-from polyrank.client import ClientEnv
 from polyrank.config import Embedded
 from polyrank.data.tokens import Tokens
 from polyrank.engine.embedded import EmbeddedEngine
@@ -22,6 +21,7 @@ from polyrank.models.load import load_base
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.round import Federation, federated_round
 from polyrank.sampling import SampleCount
+from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
 
 
