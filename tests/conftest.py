@@ -32,6 +32,14 @@ _BERT = {
     "intermediate_size": 24,
     "max_position_embeddings": 40,
 }
+_QWEN2 = {
+    **_BERT,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "use_sliding_window": True,
+    "sliding_window": 4,
+    "max_window_layers": 1,  # a window in the second block alone
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", _BERT),
     "distilbert": (
@@ -44,20 +52,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "albert": ("Albert", {**_BERT, "embedding_size": 8}),
     "gpt2": ("GPT2", {**_SMALL, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40}),
     "llama": ("Llama", {**_BERT, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {**_BERT, "num_key_value_heads": 1, "sliding_window": 4}),
+    "qwen2": ("Qwen2", _QWEN2),
 }
 
 
-def tiny_network(family: str) -> Any:
+def tiny_network(family: str, **changes: Any) -> Any:
     """A random classifier of a family with two blocks, always the same numbers."""
     name, options = FAMILIES[family]
+    options = {**options, **changes}
     with torch.random.fork_rng():
         torch.manual_seed(7)
         config = getattr(transformers, f"{name}Config")(**options)
         return getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
 
 
-def tiny_model(family: str = "bert") -> BaseModel:
-    network = tiny_network(family)
+def tiny_model(family: str = "bert", **changes: Any) -> BaseModel:
+    network = tiny_network(family, **changes)
     return prepare(network, None, f"tiny-{family}", set(), CPU)
 
 

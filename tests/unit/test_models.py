@@ -19,6 +19,8 @@ ATTENTION = {
     "albert": ["query", "key", "value"],
     "gpt2": ["c_attn"],
     "llama": ["q_proj", "k_proj", "v_proj"],
+    "mistral": ["q_proj", "k_proj", "v_proj"],
+    "qwen2": ["q_proj", "k_proj", "v_proj"],
 }
 HEADS = {
     "bert": ["classifier"],
@@ -29,6 +31,8 @@ HEADS = {
     "albert": ["classifier"],
     "gpt2": ["score"],
     "llama": ["score"],
+    "mistral": ["score"],
+    "qwen2": ["score"],
 }
 LINEAR_MAPS_PER_BLOCK = {
     "bert": 6,
@@ -39,6 +43,8 @@ LINEAR_MAPS_PER_BLOCK = {
     "albert": 6,
     "gpt2": 4,
     "llama": 7,
+    "mistral": 7,
+    "qwen2": 7,
 }
 
 
@@ -73,6 +79,13 @@ def test_heads(family):
     head = read_head(model)
     write_head(model, {name: torch.zeros_like(t) for name, t in head.items()})
     assert all(float(p.abs().max()) == 0 for p in head_parameters(model).values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_keys_and_values_are_kept_for_texts_that_do_not_grow(family):
+    ids = torch.tensor([[3, 4, 5]])
+    assert tiny_network(family)(input_ids=ids).past_key_values is not None
+    assert tiny_model(family).network(input_ids=ids).past_key_values is None
 
 
 def test_explicit_targets():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polyrank.adapter import Head
 from polyrank.errors import InputError, first_line
 from polyrank.models.frozen import bf16_is_fast, fp32_pays, pack_blocks
-from polyrank.models.packing import make_ready, packed_logits
+from polyrank.models.packing import Read, make_ready, packed_logits
 from polyrank.models.targets import block_names
 from polyrank.seed import seed_for
 
@@ -36,8 +36,10 @@ class BaseModel:
         head_modules: dotted names of the modules that are trained in full: the task head, and any
             layer that the checkpoint lacks and that would otherwise stay random.
         packs: whether batches may go through the blocks without padding.
+        pools: the one token of each text that the head reads, where the last block may run for it alone.
         skips: whether a stored prefix may stand in for its first blocks.
         folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
+        reasons: why it does not pack or pool, by ``packing`` and ``pooling``.
     """
 
     network: Any
@@ -47,8 +49,10 @@ class BaseModel:
     head_modules: Sequence[str]
     device: torch.device
     packs: bool = False
+    pools: Read | None = None
     skips: bool = False
     folded: list[str] = field(default_factory=list)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def packaged_model() -> Path:
@@ -154,15 +158,18 @@ def prepare(
     network.requires_grad_(False)
     network.eval()
     network.to(device)
+    if getattr(network.config, "use_cache", False):
+        network.config.use_cache = False  # keys and values are kept for texts that grow; none does here
     blocks = block_names(base, prefix)
-    packs = make_ready(network, blocks)
-    return BaseModel(network, tokenizer, source, blocks, ordered, device, packs)
+    ready = make_ready(network, blocks)
+    parts = (network, tokenizer, source, blocks, ordered, device)
+    return BaseModel(*parts, packs=ready.packs, pools=ready.pools, reasons=ready.reasons)
 
 
 def logits_of(model: BaseModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits [B, classes] of a padded batch, by the fastest path the model has."""
     if model.packs:
-        return packed_logits(model.network, inputs)
+        return packed_logits(model.network, inputs, model.pools)
     logits: Tensor = model.network(**inputs).logits
     return logits
 
