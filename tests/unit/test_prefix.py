@@ -7,17 +7,18 @@ import dataclasses
 import pytest
 import torch
 
-from polyrank.adapter import restrict
+from polyrank.adapter import Adapter, restrict
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
-from polyrank.models.prefix import PrefixCache, can_skip, lowest_block
+from polyrank.models.prefix import PrefixCache, can_skip, forward_from, lowest_block, why_not_skip
 from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference, random_adapter
-from tests.conftest import tiny_model
+from tests.conftest import FAMILIES, tiny_model
 from tests.unit.test_client import task_for, tokens
+from tests.unit.test_packing import apart, logits_and_slopes, strong_adapter
 
-# ALBERT has one block for all depths, and DeBERTa's blocks hand on more than hidden states.
-SKIP = {"bert", "distilbert", "roberta", "gpt2", "llama"}
+# ALBERT has one block for all depths.
+SKIP = set(FAMILIES) - {"albert"}
 
 
 def skipping_model(family="bert"):
@@ -54,6 +55,49 @@ def test_training_from_the_stored_prefix_ends_in_the_same_adapter(family, packs,
         assert largest_difference(stored.adapter, plain.adapter) < 1e-3 * moved, turn
     assert (cache.statistics()["fills"], cache.statistics()["hits"]) == (1, 1)
     assert cache.statistics()["bytes"] == 4 * 16 * int(data.starts[-1])
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_every_depth_gives_the_logits_and_gradients_of_the_whole_model(family, packs, tmp_path):
+    """Four blocks, and an adapter on every map from each depth upward."""
+    depth_name = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
+    model, data, cache = tiny_model(family, **{depth_name: 4}), tokens(6), cache_in(tmp_path)
+    if family not in SKIP or (packs and not model.packs):
+        pytest.skip("this family takes the plain path")
+    assert why_not_skip(model) == ""
+    model, rows = dataclasses.replace(model, packs=packs), [4, 0, 3]
+    inputs, _ = data.batch(rows, model.device)
+    everywhere = strong_adapter(model)
+    for depth in (1, 2, 3):
+        above = tuple(f"{block}." for block in model.blocks[depth:])
+        adapter = Adapter("lora", {n: f for n, f in everywhere.modules.items() if n.startswith(above)})
+        assert lowest_block(model.blocks, adapter.modules) == depth
+        plain = logits_and_slopes(model, adapter, lambda: model.network(**inputs).logits)
+        forward = forward_from(model, data, depth, cache)
+        stored = logits_and_slopes(model, adapter, lambda forward=forward: forward(rows, inputs))
+        assert apart(plain, stored) < 1e-4, depth
+        assert all(float((stored[n] - t).abs().max()) < 1e-5 * largest(plain) for n, t in plain.items())
+    assert cache.statistics()["fills"] == 3
+
+
+def largest(tensors):
+    return max(float(t.abs().max()) for t in tensors.values())
+
+
+def test_a_model_with_something_between_its_blocks_takes_the_plain_path(monkeypatch):
+    """Some of DeBERTa's family put a convolution after the first block."""
+    monkeypatch.setitem(FAMILIES, "conv", ("DebertaV2", {**FAMILIES["deberta-v2"][1], "conv_kernel_size": 3}))
+    assert why_not_skip(tiny_model("conv")).startswith("logits differ by ")
+
+
+def test_a_head_that_stands_before_the_base_is_no_trained_layer_below_the_blocks(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "xlm-roberta", ("XLMRoberta", FAMILIES["roberta"][1]))
+    model = tiny_model("xlm-roberta")
+    assert next(iter(dict(model.network.named_children()))) == "classifier"
+    assert can_skip(model)
+    embeddings = f"{model.network.base_model_prefix}.embeddings.LayerNorm"
+    trained = dataclasses.replace(model, head_modules=[embeddings, "classifier"])
+    assert why_not_skip(trained) == "a layer below its blocks is trained"
 
 
 def test_skipped_blocks_do_not_run(tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from polyrank.data.tokens import Tokens
 from polyrank.models.load import BaseModel, logits_of
-from polyrank.models.packing import layout_of
+from polyrank.models.packing import difference, layout_of, told
 
 _BATCH = 32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -144,28 +144,39 @@ def compute_prefix(model: BaseModel, data: Tokens, depth: int, out: Tensor) -> N
 
 def can_skip(model: BaseModel) -> bool:
     """Whether this model gives the same logits from a stored prefix as from the start."""
-    base = model.network.base_model_prefix
+    return not why_not_skip(model)
+
+
+def why_not_skip(model: BaseModel) -> str:
+    """What keeps a stored prefix from standing in for the first blocks, empty when nothing does."""
+    inside = f"{model.network.base_model_prefix}."
     names = [name for name, _ in model.network.named_modules()]
-    early = names[: names.index(model.blocks[0])]
-    if any(name in early and name != base for name in model.head_modules):
-        return False  # a layer below the blocks is trained, so nothing there is frozen
-    if len(model.blocks) < 2 or not hasattr(model.network.config, "hidden_size"):
-        return False
+    early = [name for name in names[: names.index(model.blocks[0])] if name.startswith(inside)]
+    if any(name in early for name in model.head_modules):
+        return "a layer below its blocks is trained"
+    if len(model.blocks) < 2:
+        return "it has one block"
+    if not hasattr(model.network.config, "hidden_size"):
+        return "its config names no hidden_size"
+    depths = sorted({1, len(model.blocks) - 1})
+    return next(filter(None, (_apart(model, depth) for depth in depths)), "")
+
+
+def _apart(model: BaseModel, depth: int) -> str:
+    """How logits from a prefix up to ``depth`` are not those from the start, empty when they are."""
     ids = np.arange(9, dtype=np.int32) % (model.network.config.vocab_size - 4) + 3
     pad = int(model.network.config.pad_token_id or 0)
     data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad)
     inputs, _ = data.batch([0, 1], model.device)
-    depth = len(model.blocks) - 1
     try:
         with torch.inference_mode():
             rows = torch.empty(9, int(model.network.config.hidden_size))
             compute_prefix(model, data, depth, rows)
             plain = logits_of(model, inputs)
             with _skipping(model, depth, _shaped(model, rows.to(model.device), inputs["attention_mask"])):
-                skipped = logits_of(model, inputs)
-    except Exception:  # whatever a foreign model does on the probe, it only means the plain path
-        return False
-    return bool((plain - skipped).abs().max() <= 1e-4 * (1 + plain.abs().max()))
+                return difference(plain, logits_of(model, inputs))
+    except Exception as error:  # whatever a foreign model does on the probe, it only means the plain path
+        return told(error)
 
 
 def _key(model: BaseModel, data: Tokens, depth: int, dtype: str) -> str:
@@ -208,12 +219,15 @@ def _shaped(model: BaseModel, rows: Tensor, attention_mask: Tensor) -> Tensor:
 class _Feed(nn.Module):
     """Stands in for a block below the adapter: hands stored rows out, or passes its input on."""
 
-    def __init__(self, hidden: Tensor | None) -> None:
+    def __init__(self, block: nn.Module, hidden: Tensor | None) -> None:
         super().__init__()
         self.hidden = hidden
+        returns = type(block).forward.__annotations__.get("return")
+        self.pair = str(returns).startswith("tuple")  # DeBERTa's blocks also return attention weights or None
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states if self.hidden is None else self.hidden
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
+        hidden = hidden_states if self.hidden is None else self.hidden
+        return (hidden, None) if self.pair else hidden
 
 
 @contextlib.contextmanager
@@ -222,8 +236,8 @@ def _skipping(model: BaseModel, depth: int, hidden: Tensor) -> Iterator[None]:
     names = model.blocks[:depth]
     blocks = [model.network.get_submodule(name) for name in names]
     try:
-        for index, name in enumerate(names):
-            model.network.set_submodule(name, _Feed(hidden if index == 0 else None))
+        for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
+            model.network.set_submodule(name, _Feed(block, hidden if index == 0 else None))
         yield
     finally:
         for name, block in zip(names, blocks, strict=True):
