@@ -157,11 +157,14 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine has: versions, devices, packaged model."""
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A model's folder or hub id; the packaged one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine has, and which fast paths a model takes or why it does not."""
     from polyrank.doctor import examine
 
-    findings = examine()
+    findings = examine(model)
     if as_json:
         _print_json(findings)
     else:

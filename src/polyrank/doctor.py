@@ -1,4 +1,4 @@
-"""What this machine has, for people who ask why something does not run."""
+"""What this machine has and which paths a model takes, for people who ask why something does not run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import torch
 from polyrank.errors import InputError
 from polyrank.ledger import versions
 from polyrank.models.frozen import bf16_is_fast
-from polyrank.models.load import PACKAGED, packaged_model, pick_device
+from polyrank.models.load import PACKAGED, load_base, packaged_model, pick_device
+from polyrank.models.prefix import why_not_skip
 
 
-def examine() -> dict[str, Any]:
-    """Findings by name: versions, devices, memory, the packaged model."""
+def examine(name: str | None = None) -> dict[str, Any]:
+    """Findings by name: versions, devices, memory, and the paths of one model.
+
+    Args:
+        name: a model folder or hub id; without one, the packaged model if it is installed.
+
+    Raises: InputError when the named model cannot be loaded.
+    """
     found = versions()
     packages = found.pop("packages")
     try:
         model = str(packaged_model())
+        name = name or PACKAGED
     except InputError as error:
         model = error.allowed
     return {
@@ -30,4 +38,19 @@ def examine() -> dict[str, Any]:
         "mps": torch.backends.mps.is_available(),
         "bf16 on cpu": bf16_is_fast(),
         f"model {PACKAGED}": model,
+        **({} if name is None else paths(name)),
+    }
+
+
+def paths(name: str) -> dict[str, str]:
+    """How a model goes through its blocks, and why not faster."""
+    model = load_base(name, ["no", "yes"], 0, pick_device("auto"))
+    no_prefix = why_not_skip(model)
+    bf16 = model.device.type == "cpu" and bf16_is_fast()
+    return {
+        "paths of": model.source,
+        "packed": "yes" if model.packs else f"no: {model.reasons['packing']}",
+        "pooled": f"{model.pools} token" if model.pools else f"no: {model.reasons['pooling']}",
+        "prefix": f"no: {no_prefix}" if no_prefix else "yes",
+        "frozen maps": "stock; bf16 available" if bf16 else "stock",
     }

@@ -232,6 +232,7 @@ def test_methods_and_doctor_speak_to_people_and_machines():
     found = json.loads(polyrank_command("doctor", "--json").stdout)
     assert found["device auto"] in ("cpu", "cuda", "mps")
     assert Path(found["model minilm"]).is_dir()
+    assert found["packed"] == found["prefix"] == "yes"
 
 
 def test_a_run_for_machines_prints_json_alone(tiny_settings, tmp_path):

@@ -1,0 +1,43 @@
+"""What the doctor says about a model's paths, and that it says what the model does."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from polyrank.doctor import examine
+from polyrank.errors import InputError
+from polyrank.models.frozen import bf16_is_fast
+from polyrank.models.load import packaged_model
+from tests.conftest import tiny_network
+
+
+@pytest.mark.parametrize(
+    ("family", "packed", "pooled", "prefix"),
+    [
+        ("bert", "yes", "first token", "yes"),
+        ("gpt2", "yes", "last token", "yes"),
+        ("deberta", "no: its blocks do not get the layout", "no: it is not packed", "yes"),
+        ("albert", "yes", "no: first token: logits differ by ", "no: it has one block"),
+    ],
+)
+def test_the_paths_of_a_model_in_a_folder(family, packed, pooled, prefix, tmp_path):
+    AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(tmp_path)
+    tiny_network(family, vocab_size=31000).save_pretrained(tmp_path)
+    found = examine(str(tmp_path))
+    assert (found["paths of"], found["packed"], found["prefix"]) == (str(tmp_path), packed, prefix)
+    assert found["pooled"].startswith(pooled)
+    if found["device auto"] == "cpu":
+        assert found["frozen maps"] == ("stock; bf16 available" if bf16_is_fast() else "stock")
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(InputError, match="model.name"):
+        examine(str(tmp_path / "nowhere"))
+
+
+def test_without_a_name_it_is_the_packaged_model_if_there_is_one(monkeypatch):
+    found = examine()
+    assert found["paths of"] == found["model minilm"] == str(packaged_model())
+    monkeypatch.setattr("polyrank.models.load._PACKAGED_IN", "no_such_package")
+    assert "packed" not in examine()
