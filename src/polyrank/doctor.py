@@ -9,7 +9,7 @@ import torch
 
 from polyrank.errors import InputError
 from polyrank.ledger import versions
-from polyrank.models.frozen import bf16_is_fast
+from polyrank.models.frozen import bf16_is_fast, fp32_pays
 from polyrank.models.load import PACKAGED, load_base, packaged_model, pick_device
 from polyrank.models.prefix import why_not_skip
 
@@ -46,11 +46,12 @@ def paths(name: str) -> dict[str, str]:
     """How a model goes through its blocks, and why not faster."""
     model = load_base(name, ["no", "yes"], 0, pick_device("auto"))
     no_prefix = why_not_skip(model)
-    bf16 = model.device.type == "cpu" and bf16_is_fast()
+    on_cpu = model.device.type == "cpu"
+    frozen = "packed once in float32" if on_cpu and fp32_pays() else "the default library"
     return {
         "paths of": model.source,
         "packed": "yes" if model.packs else f"no: {model.reasons['packing']}",
         "pooled": f"{model.pools} token" if model.pools else f"no: {model.reasons['pooling']}",
         "prefix": f"no: {no_prefix}" if no_prefix else "yes",
-        "frozen maps": "stock; bf16 available" if bf16 else "stock",
+        "frozen maps": f"{frozen}; bf16 is there" if on_cpu and bf16_is_fast() else frozen,
     }

@@ -126,7 +126,7 @@ def stack_factors(factors: Sequence[Factors | None]) -> dict[str, Tensor]:
         axis = {"B": 1, "e": 0, "A": 0}[part]
         shape = list(tensor.shape)
         shape[axis] = rank
-        values = torch.zeros(len(factors), *shape)
+        values = torch.zeros(len(factors), *shape, dtype=tensor.dtype)
         for value, f in zip(values, factors, strict=True):
             if f is not None:
                 value.narrow(axis, 0, f.rank).copy_(f.tensors()[part].detach())

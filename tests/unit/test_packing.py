@@ -47,7 +47,7 @@ def strong_adapter(model, dtype=torch.float32):
 
 def logits_and_slopes(model, adapter, forward):
     """Logits, and the gradient of every factor and head parameter, by name."""
-    with installed(model.network, adapter) as layers:
+    with installed(model.network, [adapter]) as layers:
         for parameter in head_parameters(model).values():
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -101,7 +101,7 @@ def test_logits_and_gradients_are_those_of_the_padded_batch(family, pools, lengt
 def test_logits_are_those_of_the_padded_batch(family):
     model, data = tiny_model(family), tokens(13)
     plain = dataclasses.replace(model, packs=False)
-    with installed(model.network, strong_adapter(model)):
+    with installed(model.network, [strong_adapter(model)]):
         packed, padded = (predict(m, data, 5) for m in (model, plain))
     assert float((packed - padded).abs().max() / padded.abs().max()) < 1e-5
 
@@ -157,7 +157,7 @@ def test_a_text_that_ends_with_the_padding_token_is_read_where_the_head_looks(fa
     """As where the padding token is also the one that ends a text: heads go by ids."""
     model, inputs = tiny_model(family), batch_of([7, 5])
     inputs["input_ids"][1, 5 - len(end) : 5] = torch.tensor(end)
-    with installed(model.network, strong_adapter(model)), torch.inference_mode():
+    with installed(model.network, [strong_adapter(model)]), torch.inference_mode():
         plain, packed = model.network(**inputs).logits, logits_of(model, inputs)
     assert float((packed - plain).abs().max() / plain.abs().max()) < 1e-5
 
@@ -171,7 +171,7 @@ def test_attention_windows_are_kept(family):
     assert wide.packs
     found = []
     for model in (narrow, wide):
-        with installed(model.network, strong_adapter(model)), torch.inference_mode():
+        with installed(model.network, [strong_adapter(model)]), torch.inference_mode():
             found.append(logits_of(model, inputs))
             assert torch.allclose(found[-1], model.network(**inputs).logits, rtol=0, atol=1e-5)
     assert float((found[0] - found[1]).abs().max()) > 1e-3

@@ -73,8 +73,8 @@ def test_every_depth_gives_the_logits_and_gradients_of_the_whole_model(family, p
         adapter = Adapter("lora", {n: f for n, f in everywhere.modules.items() if n.startswith(above)})
         assert lowest_block(model.blocks, adapter.modules) == depth
         plain = logits_and_slopes(model, adapter, lambda: model.network(**inputs).logits)
-        forward = forward_from(model, data, depth, cache)
-        stored = logits_and_slopes(model, adapter, lambda forward=forward: forward(rows, inputs))
+        forward = forward_from(model, [data], depth, cache)
+        stored = logits_and_slopes(model, adapter, lambda forward=forward: forward([rows], inputs))
         assert apart(plain, stored) < 1e-4, depth
         assert all(float((stored[n] - t).abs().max()) < 1e-5 * largest(plain) for n, t in plain.items())
     assert cache.statistics()["fills"] == 3
