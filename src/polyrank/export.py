@@ -20,7 +20,7 @@ from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
 from polyrank.ledger import RunFolder, refuse_existing
 from polyrank.lowrank import fold
-from polyrank.models.load import BaseModel, load_base, pick_device, quiet, write_head
+from polyrank.models.load import BaseModel, load_base, pick_device, public_name, quiet, write_head
 from polyrank.state import ServerState
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -116,7 +116,7 @@ def peft_config(model: BaseModel, adapter: Adapter) -> dict[str, Any]:
     conv1d = any(isinstance(model.network.get_submodule(name), Conv1D) for name in ranks)
     config = LoraConfig(
         task_type="SEQ_CLS",
-        base_model_name_or_path=model.source,
+        base_model_name_or_path=public_name(model.source),
         r=rank,
         lora_alpha=alpha,
         target_modules=list(ranks),
@@ -136,9 +136,10 @@ def _most_common(values: dict[str, Any]) -> Any:
 def _card(model: BaseModel, adapter: Adapter) -> str:
     labels = model.network.config.id2label
     ranks = sorted({factors.rank for factors in adapter.modules.values()})
+    name = public_name(model.source)
     return f"""---
 library_name: peft
-base_model: {model.source}
+base_model: {name}
 tags: [polyrank, lora, federated]
 ---
 # Low-rank adapter, fine-tuned across devices with polyrank
@@ -150,7 +151,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-base = AutoModelForSequenceClassification.from_pretrained("{model.source}", num_labels={len(labels)})
+base = AutoModelForSequenceClassification.from_pretrained("{name}", num_labels={len(labels)})
 model = PeftModel.from_pretrained(base, "path/of/this/folder")
 ```
 """

