@@ -157,7 +157,9 @@ def restrict(adapter: Adapter, mask: RankMask) -> Adapter:
     modules = {}
     for name, factors in adapter.modules.items():
         held = mask[name]
-        if bool(held.any()):
+        if bool(held.all()):
+            modules[name] = factors
+        elif bool(held.any()):
             e = None if factors.e is None else factors.e[held]
             modules[name] = Factors(factors.B[:, held], factors.A[held], factors.scale, e)
     return Adapter(adapter.form, modules)

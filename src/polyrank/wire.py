@@ -226,7 +226,7 @@ def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         raise WireError(f"tensor {name} is missing")
     if tensors[name].dtype != torch.float32:
         raise WireError(f"tensor {name}: expected float32, found {tensors[name].dtype}")
-    if not bool(torch.isfinite(tensors[name]).all()):
+    if tensors[name].numel() and not all(map(math.isfinite, torch.aminmax(tensors[name]))):
         raise WireError(f"tensor {name} holds a number that is not finite")
     return tensors[name]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from polyrank.adapter import full_mask, prefix_mask, restrict
+from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
 from polyrank.messages import ClientScores, EvaluateTask, Training, TrainTask
 from polyrank.wire import (
     WireError,
@@ -121,6 +121,19 @@ def test_wrong_replies_are_refused():
     head = {name: torch.full_like(t, float("nan")) for name, t in good.head.items()}
     with pytest.raises(WireError, match="tensor head holds a number that is not finite"):
         decode_update(encode_update(dataclasses.replace(good, head=head), task), task)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_found_among_many(value):
+    task = train_task()
+    update = reply_to(task)
+    name = list(update.adapter.modules)[-1]
+    spoilt = update.adapter.modules[name].A.clone()
+    spoilt[1, 1] = value
+    factors = dataclasses.replace(update.adapter.modules[name], A=spoilt)
+    update = dataclasses.replace(update, adapter=Adapter("lora", {**update.adapter.modules, name: factors}))
+    with pytest.raises(WireError, match="tensor adapter holds a number that is not finite"):
+        decode_update(encode_update(update, task), task)
 
 
 def test_a_reply_in_float64_or_without_a_tensor_is_refused():
