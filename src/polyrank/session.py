@@ -108,13 +108,10 @@ class Trained:
     def parameters(self, training: Training) -> list[nn.Parameter]:
         """The factors that train this round, module after module, and then the head."""
         parts = trained_parts(training)
-        factors = [
-            parameter
-            for layer in self.layers.values()
-            for name, parameter in layer.named_parameters(recurse=False)
-            if name in parts
-        ]
-        return [*factors, *self.head.values()]
+        factors = [(name, p) for module in self.factors().values() for name, p in module.items()]
+        for name, parameter in factors:
+            parameter.requires_grad_(name in parts)  # no gradient is computed for what stays
+        return [*(parameter for name, parameter in factors if name in parts), *self.head.values()]
 
     def factors(self) -> dict[str, dict[str, nn.Parameter]]:
         """The stacked B, e, A of each module that somebody trains."""

@@ -11,12 +11,13 @@ import torch
 from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
 from polyrank.client import answer_together
 from polyrank.engine.embedded import EmbeddedEngine, groups
-from polyrank.fused import Shares, stack_factors
+from polyrank.fused import Shares, own_heads, stack_factors
+from polyrank.lowrank import installed
 from polyrank.messages import Training, TrainTask
 from polyrank.models.load import read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
-from polyrank.session import ClientEnv, train, train_together
+from polyrank.session import ClientEnv, Trained, train, train_together
 from polyrank.wire import WireError, decode_update, encode_task
 from tests.builders import largest_difference, random_adapter
 from tests.conftest import tiny_model
@@ -202,3 +203,19 @@ def test_groups_follow_the_order_of_the_requests_alone():
     requests = [(str(i), b"") for i in range(5)]
     found = [[client for client, _ in group] for group in groups(iter(requests), 2)]
     assert found == [["0", "1"], ["2", "3"], ["4"]]
+
+
+def test_what_does_not_train_gets_no_gradient():
+    model = tiny_model()
+    tasks, _ = cohort(model)
+    shares, training = Shares(), tasks[0].training.model_copy(update={"factors": "B"})
+    starts = [task.adapter for task in tasks]
+    heads = [task.head for task in tasks]
+    with (
+        installed(model.network, starts, shares=shares) as layers,
+        own_heads(model.network, model.head_modules, heads, shares) as own,
+    ):
+        chosen = Trained(layers, own, starts, shares).parameters(training)
+        assert len(chosen) == len(layers) + len(own)
+        assert not any(layer.A.requires_grad for layer in layers.values())
+        assert all(p.requires_grad for p in chosen)
