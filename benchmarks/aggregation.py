@@ -68,7 +68,7 @@ class Repeated(Sequence[ClientUpdate]):
 
     def __init__(self, few: Sequence[ClientUpdate], count: int) -> None:
         self._few, self._count = few, count
-        self.tenth_gib = 0.0
+        self.peaks_gib: dict[int, float] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -76,8 +76,8 @@ class Repeated(Sequence[ClientUpdate]):
     def __getitem__(self, index: Any) -> Any:
         if index >= self._count:
             raise IndexError(index)
-        if index == self._count // 10:
-            self.tenth_gib = peak_gib()
+        if index in (self._count // 10, self._count - 1):
+            self.peaks_gib[index] = peak_gib()
         return self._few[index % len(self._few)]
 
 
@@ -92,7 +92,7 @@ def mean_row(name: str, rule: FedAvg | LayerWise, ranks: Sequence[int], given: A
     state, few = state_of(bank), updates_of(bank, ranks, torch.bfloat16)
     updates = Repeated(few, given.clients)
     ours = rule.aggregate(state, updates)
-    memory = {"GiB at most after a tenth": updates.tenth_gib, "GiB at most after all": peak_gib()}
+    memory = {f"GiB at most, update {number + 1}": peak for number, peak in updates.peaks_gib.items()}
     plain = plain_mean(bank, updates)
     difference = max(
         float((f.tensors()[part] - mean).abs().max())

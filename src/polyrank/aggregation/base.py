@@ -162,9 +162,9 @@ class SlotSums:
         for name in updates[0].adapter.modules:
             slots = _slots(updates[0].mask[name])
             self._mass[name][slots] += sum(weights)
-            tensors = [update.adapter.modules[name].tensors() for update in updates]
+            held = [update.adapter.modules[name] for update in updates]
             for part, total in self._sums[name].items():
-                new = self._stack.weighted_sum([t[part] for t in tensors], scales)
+                new = self._stack.weighted_sum([getattr(factors, part) for factors in held], scales)
                 _add_slots(slots_first(total, part), slots, slots_first(new, part))
 
     def _over(self, divisors: Mapping[str, Tensor]) -> Adapter:
