@@ -25,12 +25,19 @@ from tests.unit.test_client import tokens
 from tests.unit.test_round import federation
 
 MIXED = {"c0": 3, "c1": 1, "c2": 2, "c3": 3}
+UNEQUAL = {"local_epochs": 2, "local_steps": None}
 SETTINGS = {
     "clipped": {"clip_norm": 1e-4, "learning_rate": 300.0},
     "momentum": {"momentum": 0.9},
     "decay": {"weight_decay": 0.1},
     "B alone": {"factors": "B"},
     "epochs of unequal length": {"local_epochs": 2, "local_steps": None},
+    "unequal, and still moving": {
+        "local_epochs": 2,
+        "local_steps": None,
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+    },
     "self-pruning": {"prune_keep": 0.5, "prune_penalty": 3.0},
 }
 
@@ -219,3 +226,17 @@ def test_what_does_not_train_gets_no_gradient():
         assert len(chosen) == len(layers) + len(own)
         assert not any(layer.A.requires_grad for layer in layers.values())
         assert all(p.requires_grad for p in chosen)
+
+
+def test_who_may_share_a_pass():
+    from polyrank.client import _group
+    from polyrank.messages import Ballot
+
+    model = tiny_model()
+    (first, second, *_), (env, *_) = cohort(model)
+    assert _group(0, first, env) == _group(1, second, env)
+    asked = dataclasses.replace(second, ballot=Ballot(3, "sensitivity", 0.85))
+    assert _group(0, first, env) != _group(1, asked, env)
+    inside = f"{model.blocks[0]}.output.dense"  # a trained layer there would see packed rows
+    apart_ = dataclasses.replace(env, model=dataclasses.replace(model, head_modules=[inside, "classifier"]))
+    assert _group(0, first, apart_) != _group(1, second, apart_)
