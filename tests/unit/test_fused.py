@@ -31,13 +31,8 @@ SETTINGS = {
     "momentum": {"momentum": 0.9},
     "decay": {"weight_decay": 0.1},
     "B alone": {"factors": "B"},
-    "epochs of unequal length": {"local_epochs": 2, "local_steps": None},
-    "unequal, and still moving": {
-        "local_epochs": 2,
-        "local_steps": None,
-        "momentum": 0.9,
-        "weight_decay": 0.1,
-    },
+    "epochs of unequal length": UNEQUAL,
+    "unequal, and still moving": {**UNEQUAL, "momentum": 0.9, "weight_decay": 0.1},
     "self-pruning": {"prune_keep": 0.5, "prune_penalty": 3.0},
 }
 
