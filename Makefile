@@ -44,7 +44,7 @@ $(BENCH)/installed: pyproject.toml constraints.txt
 
 # Takes hours. DATA names the folder that holds ag_news/; without it that part is skipped.
 bench: $(BENCH)/installed
-	$(BENCH)/bin/python -m benchmarks.engine --pairs $(PAIRS) --out $(RESULTS)-engine.json
+	$(BENCH)/bin/python -m benchmarks.engine --pairs $(PAIRS) $(if $(DATA),--data $(DATA)) --out $(RESULTS)-engine.json
 	$(BENCH)/bin/python -m benchmarks.aggregation --out $(RESULTS)-aggregation.json
 	$(BENCH)/bin/python -m benchmarks.costs --pairs $(PAIRS) --out $(RESULTS)-costs.json
 	$(BENCH)/bin/python -m benchmarks.peers --pairs $(PAIRS) $(if $(DATA),--data $(DATA)) --out $(RESULTS)-peers.json

@@ -1,6 +1,6 @@
 """Training steps per CPU-second: polyrank against a plain transformers + PEFT loop, on the same work.
 
-    python -m benchmarks.engine --out DATED.json
+    python -m benchmarks.engine --out DATED.json [--data FOLDER] [--only WORDS]
 
 One thread, the two sides take turns within one process; medians of the ratios over the pairs, with the
 least and the most. Every row first checks that both sides end in the same adapter (fp32 rows) or close
@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from transformers import AutoModelForSequenceClassification
 from polyrank.adapter import Adapter, full_mask, new_adapter
 from polyrank.client import handle
 from polyrank.data.docstrings import load_docstrings
+from polyrank.data.source import load_corpus
+from polyrank.data.texts import Data
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.ledger import versions
 from polyrank.lowrank import installed
@@ -56,23 +59,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--data", type=Path, default=None, help="folder that holds ag_news/, for its rows")
+    parser.add_argument("--only", default="", help="rows whose name holds these words")
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    full, real = full_tokens(), docstrings()
-    rows = [
-        measure("all blocks, 64 full tokens, fp32", given.pairs, full, "fp32", 6),
-        measure("all blocks, docstrings, fp32", given.pairs, real, "fp32", 6),
-        measure("all blocks, 64 full tokens, bf16 base", given.pairs, full, "bf16", 6),
-        measure("all blocks, docstrings, bf16 base", given.pairs, real, "bf16", 6),
-    ]
-    for top in (3, 2, 1):
-        work = f"top {top} of 6 blocks, 64 full tokens, fp32, prefix kept"
-        rows.append(measure(work, given.pairs, full, "fp32", top))
-        rows.append(measure_run(top, given.pairs, full))
-    rows.append(measure_overhead(given.pairs, full))
+    rows = [row() for name, row in rows_of(given).items() if given.only in name]
     print(
         "| work | ratio (least to most) | polyrank steps per CPU-s | largest difference |\n|---|---|---|---|"
     )
@@ -85,10 +79,35 @@ def main() -> None:
         given.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def measure(work: str, pairs: int, data: Tokens, base_dtype: Any, top: int) -> dict[str, Any]:
-    """One row of the table: our session against the plain loop, in turns."""
+def rows_of(given: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every row of the table by name."""
+    pairs, full = given.pairs, full_tokens()
+    texts = {"64 full tokens": (full, None), "docstrings": (docstrings(), None)}
+    if given.data is not None:
+        texts["AG News, padded to 128 by the loop"] = (ag_news(given.data), 128)
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+    for name, (data, pad_to) in texts.items():
+        for base_dtype in ("fp32", "bf16"):
+            work = f"all blocks, {name}, {base_dtype}"
+            rows[work] = partial(measure, work, pairs, data, base_dtype, 6, pad_to)
+    for top in (3, 2, 1):
+        work = f"top {top} of 6 blocks, 64 full tokens, fp32, prefix kept"
+        rows[work] = partial(measure, work, pairs, full, "fp32", top)
+        rows[f"top {top} of 6 blocks, 5 sessions with filling"] = partial(measure_run, top, pairs, full)
+    rows["a bare loop over the same kernels"] = partial(measure_overhead, pairs, full)
+    return rows
+
+
+def measure(
+    work: str, pairs: int, data: Tokens, base_dtype: Any, top: int, pad_to: int | None = None
+) -> dict[str, Any]:
+    """One row of the table: our session against the plain loop, in turns.
+
+    Args:
+        pad_to: tokens that the plain loop pads every text to; None pads to the longest of the batch.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        ours, plain = our_session(data, base_dtype, top, Path(folder)), plain_session(data, top)
+        ours, plain = our_session(data, base_dtype, top, Path(folder)), plain_session(data, top, pad_to)
         first, second = ours(), plain()
         scale = max(float(t.abs().max()) for t in second.values())
         difference = max(float((first[n] - t).abs().max()) for n, t in second.items()) / scale
@@ -184,7 +203,7 @@ def our_session(data: Tokens, base_dtype: Any, top: int, folder: Path) -> Work:
     return work
 
 
-def plain_session(data: Tokens, top: int) -> Work:
+def plain_session(data: Tokens, top: int, pad_to: int | None = None) -> Work:
     """The same steps as a plain loop over a PEFT model would do them."""
     model = load_base("minilm", [str(i) for i in range(CLASSES)], 0, torch.device("cpu"))
     start, head = start_of(model, top), read_head(model)
@@ -208,6 +227,8 @@ def plain_session(data: Tokens, top: int) -> Work:
         optimizer = torch.optim.SGD(parameters.values(), lr=task.training.learning_rate)
         for rows in batches(len(data), task.training, task.seed):
             inputs, labels = data.batch(rows, torch.device("cpu"))
+            if pad_to is not None:
+                inputs = {n: F.pad(t, (0, pad_to - t.shape[1])) for n, t in inputs.items()}
             loss = F.cross_entropy(peft(**inputs).logits, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -249,6 +270,13 @@ def docstrings() -> Tokens:
     """80 real texts of unequal length."""
     model = load_base("minilm", ["a", "b"], 0, torch.device("cpu"))
     return tokenize(load_docstrings().train.select(range(80)), model.tokenizer, 128)
+
+
+def ag_news(folder: Path) -> Tokens:
+    """80 texts of AG News."""
+    corpus = load_corpus(Data(source=str(folder / "ag_news"), max_train=80, max_test=80), 0)
+    model = load_base("minilm", ["a", "b"], 0, torch.device("cpu"))
+    return tokenize(corpus.train, model.tokenizer, 128)
 
 
 def cpu_seconds(work: Work) -> float:
