@@ -10,33 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.sides.peft_loop import put_in, resident_model, take_out
-from benchmarks.sides.work import (
-    Session,
-    Work,
-    folders,
-    mark_session,
-    read_work,
-    weighted_mean,
-    write_final,
-)
+from benchmarks.sides.peft_loop import federate
+from benchmarks.sides.work import Session, Work
 
 
 def main() -> None:
-    folder, out = folders()
-    work = read_work(folder)
-    model, parameters = resident_model(work)
-    state = work.start
     with tempfile.TemporaryDirectory() as scratch:
-        for cohort in work.plan.rounds:
-            states = []
-            for session in cohort:
-                mark_session(out)
-                put_in(parameters, state)
-                train(model, work, session, scratch)
-                states.append(take_out(parameters))
-            state = weighted_mean(states, [session.num_examples for session in cohort])
-    write_final(state, out)
+        federate(lambda model, _, work, session: train(model, work, session, scratch))
 
 
 def train(model: Any, work: Work, session: Session, scratch: str) -> None:

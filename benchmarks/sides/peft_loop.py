@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,15 @@ from benchmarks.sides.work import (
     write_final,
 )
 
+Train = Callable[[Any, Mapping[str, nn.Parameter], Work, Session], None]
+
 
 def main() -> None:
+    federate(train)
+
+
+def federate(train: Train) -> None:
+    """All rounds of the work on one resident model, with ``train`` for each client's part in one."""
     folder, out = folders()
     work = read_work(folder)
     model, parameters = resident_model(work)

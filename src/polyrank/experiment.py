@@ -114,7 +114,7 @@ def prepare(config: Config) -> Experiment:
     if config.adapter.rank > width:
         allowed = f"at most the width of the narrowest adapted map, {width}"
         raise InputError("adapter.rank", config.adapter.rank, allowed)
-    adapter = _bank(config, model, shapes)
+    adapter, folds = _bank(config, model, shapes)
     encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
     if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
         raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
@@ -143,22 +143,24 @@ def prepare(config: Config) -> Experiment:
         validate=None if kept is None else _validation(config, model, kept),
     )
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
-    folds = [negated(adapter)] if model.folded else []
     records = {rows.client: ClientRecord(len(folds)) for rows in clients}
     start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records, folds)
     return Experiment(config, corpus, clients, model, test, federation, start, cache)
 
 
-def _bank(config: Config, model: BaseModel, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """The slots that a run begins with; what they take from the frozen weights is taken here."""
+def _bank(
+    config: Config, model: BaseModel, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[Adapter, list[Adapter]]:
+    """The slots that a run begins with, and the fold by which the frozen weights lose them, if any."""
     table = config.adapter
     adapter = new_adapter(shapes, form=table.form, rank=table.rank, scale=table.scale, seed=config.seed)
-    if table.start == "weights":
-        adapter = weights_start(model.network, adapter)
-        away = negated(adapter)
-        fold(model.network, away)
-        model.folded.append(fingerprint(away))
-    return adapter
+    if table.start == "zero":
+        return adapter, []
+    adapter = weights_start(model.network, adapter)
+    away = negated(adapter)
+    fold(model.network, away)
+    model.folded.append(fingerprint(away))
+    return adapter, [away]
 
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:

@@ -118,7 +118,7 @@ def strongest(bank: Adapter, active: RankMask, shares: RankShares, count: int) -
     kept = {name: torch.zeros_like(held) for name, held in active.items()}
     for name, slot in sorted(places, key=rank)[:count]:
         kept[name][slot] = True
-    return mask_and(kept, active)
+    return kept
 
 
 def best_slots(state: ServerState, rank: int) -> RankMask:
