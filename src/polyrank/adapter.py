@@ -73,14 +73,33 @@ class Adapter:
         return sum(t.numel() for f in self.modules.values() for t in f.tensors().values())
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a fresh A was drawn from: enough to draw it again, so that it need not travel.
+
+    Args:
+        columns: every row of A picks one column of the weight (SLoRA's sparse stage).
+    """
+
+    seed: int
+    columns: bool = False
+
+
 def new_adapter(
-    shapes: Mapping[ModuleName, tuple[int, int]], *, form: Form, rank: int, scale: float, seed: int
+    shapes: Mapping[ModuleName, tuple[int, int]],
+    *,
+    form: Form,
+    rank: int,
+    scale: float,
+    seed: int,
+    columns: bool = False,
 ) -> Adapter:
     """A fresh bank whose product is zero, so that round 0 starts from the base model.
 
     ``lora``: A uniform as in PEFT, B = 0. ``svd`` (FedARA, arXiv 2501.14406): A and B normal with
     standard deviation 0.02, e = 0. Each module draws from its own seed, so that adding a module
-    changes no other.
+    changes no other. ``columns`` (form ``lora``): the rows of A are unit vectors, each of another column
+    of the weight, so that B holds those columns of the update and nothing else moves.
 
     Args:
         shapes: (O, I) of each module, in forward order.
@@ -90,7 +109,11 @@ def new_adapter(
     modules = {}
     for name, (out, in_) in shapes.items():
         draw = torch.Generator().manual_seed(seed_for(seed, "adapter", name))
-        if form == "lora":
+        if columns:
+            chosen = torch.randperm(in_, generator=draw)[:rank]
+            A = torch.nn.functional.one_hot(chosen, in_).float()
+            modules[name] = Factors(B=torch.zeros(out, rank), A=A, scale=scale)
+        elif form == "lora":
             bound = 1 / math.sqrt(in_)
             A = (torch.rand(rank, in_, generator=draw) * 2 - 1) * bound
             modules[name] = Factors(B=torch.zeros(out, rank), A=A, scale=scale)
@@ -183,12 +206,19 @@ def embed(adapter: Adapter, mask: RankMask, like: Adapter) -> Adapter:
     return Adapter(like.form, modules)
 
 
-def fresh_slots(like: Adapter, seed: int) -> Adapter:
+def fresh_slots(like: Adapter, draw: Draw) -> Adapter:
     """A new bank of the shapes of ``like`` whose product is zero."""
     modules: dict[ModuleName, Factors] = {}
     for name, f in like.modules.items():
-        shape = {name: (f.B.shape[0], f.A.shape[1])}
-        modules |= new_adapter(shape, form=like.form, rank=f.rank, scale=f.scale, seed=seed).modules
+        bank = new_adapter(
+            {name: (f.B.shape[0], f.A.shape[1])},
+            form=like.form,
+            rank=f.rank,
+            scale=f.scale,
+            seed=draw.seed,
+            columns=draw.columns,
+        )
+        modules |= bank.modules
     return Adapter(like.form, modules)
 
 

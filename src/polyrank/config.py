@@ -136,6 +136,8 @@ class Config(Schema):
                 f"must be 'both' under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             )
             raise InputError("training.factors", self.training.factors, allowed)
+        if self.training.sparse_rounds > 0:
+            self._starts_sparse(moving)
         same_for_all = self.allocation.kind in ("uniform", "progressive_depth")
         if isinstance(self.aggregation, FedAvg) and not (same_for_all and self.training.prune_keep is None):
             kind = f"{self.allocation.kind} or self-pruning"
@@ -152,10 +154,21 @@ class Config(Schema):
             raise InputError("training.prune_penalty", self.training.prune_penalty, "needs prune_keep")
         return self
 
+    def _starts_sparse(self, moving: bool) -> None:
+        """Refuse what has no B to train alone, or would mix it with A."""
+        rounds, table = self.training.sparse_rounds, self.adapter
+        if table.form != "lora" or table.start != "zero" or self.training.factors != "both":
+            allowed = "needs adapter.form = 'lora', adapter.start = 'zero' and training.factors = 'both'"
+            raise InputError("training.sparse_rounds", rounds, allowed)
+        if moving or isinstance(self.aggregation, Stacking):
+            allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
+            raise InputError("training.sparse_rounds", rounds, allowed)
+
     def _votes_fit(self, moving: bool) -> None:
-        """Refuse what would make votes meaningless: a slot needs its own e and must keep its place."""
-        if self.adapter.form != "svd":
-            raise InputError("adapter.form", self.adapter.form, "must be 'svd' for voting, which scores e")
+        """Refuse what would make votes meaningless: a slot must keep its place, and a mask needs its e."""
+        if self.voting is not None and self.voting.kind == "adalora" and self.adapter.form != "svd":
+            allowed = "must be 'svd' for voting.kind = 'adalora', which masks e"
+            raise InputError("adapter.form", self.adapter.form, allowed)
         if self.training.factors != "both" or self.training.prune_keep is not None:
             raise InputError(
                 "voting", self.voting.kind if self.voting else "", "needs all factors to train, unpruned"

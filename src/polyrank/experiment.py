@@ -153,7 +153,10 @@ def _bank(
 ) -> tuple[Adapter, list[Adapter]]:
     """The slots that a run begins with, and the fold by which the frozen weights lose them, if any."""
     table = config.adapter
-    adapter = new_adapter(shapes, form=table.form, rank=table.rank, scale=table.scale, seed=config.seed)
+    columns = config.training.sparse_rounds > 0
+    adapter = new_adapter(
+        shapes, form=table.form, rank=table.rank, scale=table.scale, seed=config.seed, columns=columns
+    )
     if table.start == "zero":
         return adapter, []
     adapter = weights_start(model.network, adapter)

@@ -6,6 +6,7 @@ Source: the sensitivity of AdaLoRA (Zhang et al., arXiv 2303.10512); FedARA (arX
     S_i = sc(e_i) + mean_j sc(A_ij) + mean_j sc(B_ji)
 
 ``magnitude`` is |e_i| at the end; ``gradient`` is the S of I alone at the last step, without averages.
+Slots of form ``lora`` have no e: its term is left out, and ``magnitude`` is |B_i| |A_i|.
 Shapes: one leading axis G over the clients of a session.
 """
 
@@ -21,7 +22,7 @@ Importance = Literal["sensitivity", "magnitude", "gradient"]
 
 
 class Scores:
-    """Running scores of the slots of some stacked factors B [G, O, r], e [G, r], A [G, r, I]."""
+    """Running scores of the slots of some stacked factors B [G, O, r], e [G, r] or none, A [G, r, I]."""
 
     def __init__(self, kind: Importance, smoothing: float) -> None:
         self.kind = kind
@@ -49,9 +50,11 @@ class Scores:
 
     def of(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         """S of every slot of one module, [G, r]."""
+        B, A = parts["B"].detach(), parts["A"].detach()
         if self.kind == "magnitude":
-            return parts["e"].detach().abs()
-        total = torch.zeros_like(parts["e"]).detach()
+            e = parts.get("e")
+            return B.norm(dim=-2) * A.norm(dim=-1) if e is None else e.detach().abs()
+        total = A.new_zeros(A.shape[:-1])
         for part in parts:
             mean = self._mean.get((name, part))
             if mean is not None:

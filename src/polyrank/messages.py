@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from polyrank.adapter import Adapter, Head, RankMask
+from polyrank.adapter import Adapter, Draw, Head, RankMask
 from polyrank.importance import Importance
 from polyrank.schema import Schema
 
@@ -37,6 +37,9 @@ class Training(Schema):
     """Largest gradient norm over all trained tensors; 0 turns clipping off."""
     factors: Literal["both", "B", "A", "alternate"] = "both"
     """Which factor trains; ``alternate`` trains B in even rounds and A in odd ones. e goes with B."""
+    sparse_rounds: Annotated[int, Field(ge=0)] = 0
+    """SLoRA: rounds at the start in which B alone trains; after them the server splits the product evenly
+    between B and A by its SVD, and both train."""
     prune_keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     """HetLoRA's self-pruning: a client gives up its slots past this share of its rank when their
     norm shrank in training."""
@@ -92,7 +95,7 @@ class TrainTask:
         mask: which slots of the bank the client holds.
         trained: which of them train; the others take part frozen.
         adapter: the held slots only.
-        a_seed: where A never changes (FFA-LoRA) it travels as the seed it was drawn from.
+        drawn: while A is as it was drawn (FFA-LoRA, SLoRA) it travels as what it was drawn from.
         ballot: what the client shall say about its slots, if anything.
     """
 
@@ -105,7 +108,7 @@ class TrainTask:
     head: Head
     training: Training
     folds: Folds = Folds()
-    a_seed: int | None = None
+    drawn: Draw | None = None
     ballot: Ballot | None = None
 
 

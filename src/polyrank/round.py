@@ -18,6 +18,7 @@ import torch
 
 from polyrank.adapter import (
     Adapter,
+    Draw,
     ModuleName,
     RankMask,
     fresh_slots,
@@ -28,6 +29,7 @@ from polyrank.adapter import (
 )
 from polyrank.aggregation import Aggregated, Aggregation
 from polyrank.aggregation.error import aggregation_error
+from polyrank.aggregation.product import rebalanced
 from polyrank.allocation import Allocation, LossBased
 from polyrank.engine.base import Answer, Engine
 from polyrank.errors import RunError
@@ -155,7 +157,7 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
     everybody = isinstance(fed.allocation, LossBased) and fed.allocation.scores_in(state.round)
     asked = population if everybody else cohort
     plan = fed.allocation.allocate(state, asked)
-    drawn = fed.training.factors == "B" and _is_drawn(state)
+    drawn = drawn_as(fed, state)
     received = Received(lambda client: make_task(fed, state, plan[client], client, drawn))
     with contextlib.closing(received):
         replies = collect(fed.engine, asked, received)
@@ -178,17 +180,19 @@ def merge(
     """The next bank and head, and how far the served update is from the clients' mean."""
     merged = fed.aggregation.aggregate(state, updates)
     adapter = _with_parts(state.adapter, merged.adapter, trained_parts(training))
+    if state.round + 1 == fed.training.sparse_rounds:
+        adapter = rebalanced(adapter)
     merged = replace(merged, adapter=adapter)
     return merged, aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
 
 
 def make_task(
-    fed: Federation, state: ServerState, mask: RankMask, client: ClientId, drawn: bool = False
+    fed: Federation, state: ServerState, mask: RankMask, client: ClientId, drawn: Draw | None = None
 ) -> TrainTask:
     """What goes down to one client: its slots, the head, the settings, the folds it has missed.
 
     Args:
-        drawn: whether A is still what it was drawn as, so that its seed can travel in its place.
+        drawn: what A can be drawn from again, so that this travels in its place.
     """
     known = state.clients.get(client, ClientRecord())
     if known.rank_limit is not None:
@@ -204,16 +208,22 @@ def make_task(
         state.head,
         training_at(fed.training, state.round, fed.rounds),
         _missed(state, client),
-        state.seed if drawn else None,
+        drawn,
         None
         if fed.voting is None
         else fed.voting.ballot(state.adapter, state.active, state.round, fed.rounds),
     )
 
 
-def _is_drawn(state: ServerState) -> bool:
-    drawn = fresh_slots(state.adapter, state.seed).modules
-    return all(torch.equal(f.A, drawn[name].A) for name, f in state.adapter.modules.items())
+def drawn_as(fed: Federation, state: ServerState) -> Draw | None:
+    """What all A can still be drawn from, where this round trains B alone."""
+    training = fed.training
+    if training_at(training, state.round, fed.rounds).factors != "B" or training.factors == "alternate":
+        return None
+    draw = Draw(state.seed, columns=training.sparse_rounds > 0)
+    drawn = fresh_slots(state.adapter, draw).modules
+    same = all(torch.equal(f.A, drawn[name].A) for name, f in state.adapter.modules.items())
+    return draw if same else None
 
 
 def _with_parts(old: Adapter, new: Adapter, parts: frozenset[str]) -> Adapter:
@@ -347,6 +357,8 @@ def training_at(training: Training, round_: int, rounds: int) -> Training:
     changes: dict[str, object] = {"learning_rate": training.learning_rate * factor}
     if training.factors == "alternate":
         changes["factors"] = "B" if round_ % 2 == 0 else "A"
+    elif round_ < training.sparse_rounds:
+        changes["factors"] = "B"
     return training.model_copy(update=changes)
 
 

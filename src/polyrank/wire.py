@@ -32,11 +32,12 @@ from torch import Tensor
 
 from polyrank.adapter import (
     Adapter,
+    Draw,
     Factors,
     RankMask,
+    fresh_slots,
     full_mask,
     mask_minus,
-    new_adapter,
     num_slots,
     over_bank,
     restrict,
@@ -85,8 +86,8 @@ def encode_task(task: Task) -> bytes:
             tensors["trained"] = pack_bits(task.trained)
         if task.ballot is not None:
             meaning["ballot"] = asdict(task.ballot)
-        if task.a_seed is not None:
-            meaning["a_seed"] = task.a_seed
+        if task.drawn is not None:
+            meaning["drawn"] = asdict(task.drawn)
             parts = ALL_PARTS - {"A"}
     else:
         meaning |= {"batch_size": task.batch_size}
@@ -105,10 +106,10 @@ def decode_task(data: bytes) -> Task:
         sizes = {name: slots for name, _, _, _, slots in meaning["modules"]}
         mask = unpack_bits(tensors["mask"], sizes)
         schema = _adapter_schema(meaning["form"], meaning["modules"], mask)
-        a_seed = meaning.get("a_seed")
-        if a_seed is not None:
-            schema = _with_drawn_a(schema, meaning["modules"], mask, a_seed)
-        parts = ALL_PARTS if a_seed is None else ALL_PARTS - {"A"}
+        drawn, parts = None, ALL_PARTS
+        if "drawn" in meaning:
+            drawn, parts = Draw(**meaning["drawn"]), ALL_PARTS - {"A"}
+            schema = _with_drawn_a(schema, meaning["modules"], mask, drawn)
         adapter = unflatten_adapter(tensors["adapter"], schema, parts)
         folds = _decode_folds(meaning, tensors)
         head_shapes = {name: tuple(shape) for name, shape in meaning["head"]}
@@ -119,7 +120,7 @@ def decode_task(data: bytes) -> Task:
             trained = unpack_bits(tensors["trained"], sizes) if "trained" in tensors else mask
             ballot = Ballot(**meaning["ballot"]) if "ballot" in meaning else None
             seed = meaning["seed"]
-            return TrainTask(*common, seed, mask, trained, adapter, head, training, folds, a_seed, ballot)
+            return TrainTask(*common, seed, mask, trained, adapter, head, training, folds, drawn, ballot)
         if meaning["kind"] == "evaluate":
             return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"], folds)
     except (KeyError, TypeError, ValueError) as error:
@@ -326,14 +327,15 @@ def _adapter_schema(form: Any, table: Sequence[Sequence[Any]], mask: RankMask) -
     return Adapter(form, modules)
 
 
-def _with_drawn_a(schema: Adapter, table: Any, mask: RankMask, seed: int) -> Adapter:
+def _with_drawn_a(schema: Adapter, table: Any, mask: RankMask, draw: Draw) -> Adapter:
     """The schema with A as it was drawn for the whole bank."""
     shapes = {name: (out, in_) for name, out, in_, _, _ in table if name in schema.modules}
     modules = {}
     for name, factors in schema.modules.items():
         slots = mask[name].numel()
-        shape = {name: shapes[name]}
-        bank = new_adapter(shape, form=schema.form, rank=slots, scale=factors.scale, seed=seed)
+        out, in_ = shapes[name]
+        whole = Factors(torch.empty(out, slots, device="meta"), torch.empty(slots, in_, device="meta"), 1.0)
+        bank = fresh_slots(Adapter(schema.form, {name: whole}), draw)
         modules[name] = replace(factors, A=bank.modules[name].A[mask[name]])
     return Adapter(schema.form, modules)
 

@@ -134,7 +134,11 @@ def test_sensitivity_worked_by_hand():
     last = Scores("gradient", 0.85)
     last.update({"m": part})
     assert float(last.of("m", part)[0, 0]) == pytest.approx(3 + 1 + 3)
-    assert float(Scores("magnitude", 0.85).of("m", part)[0, 0]) == 3.0
+    magnitude = Scores("magnitude", 0.85)
+    assert float(magnitude.of("m", part)[0, 0]) == 3.0
+    del part["e"]  # form lora
+    assert float(last.of("m", part)[0, 0]) == pytest.approx(1 + 3)
+    assert float(magnitude.of("m", part)[0, 0]) == pytest.approx((20 * 3) ** 0.5)
 
 
 def test_the_highest_slots_over_all_modules():
@@ -144,9 +148,10 @@ def test_the_highest_slots_over_all_modules():
 
 @pytest.mark.parametrize("arbitration", ["threshold", "top"])
 @pytest.mark.parametrize("importance", ["sensitivity", "magnitude", "gradient"])
-def test_a_run_shrinks_to_its_budget_and_never_grows(arbitration, importance):
+@pytest.mark.parametrize("form", ["svd", "lora"])
+def test_a_run_shrinks_to_its_budget_and_never_grows(arbitration, importance, form):
     voting = Voting(target_rank=1, arbitration=arbitration, importance=importance)
-    fed, state = voting_federation(voting)
+    fed, state = voting_federation(voting, form=form)
     sizes, previous = [], state.active
     for _ in range(6):
         state, _ = federated_round(fed, state)

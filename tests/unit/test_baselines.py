@@ -80,3 +80,47 @@ def test_a_federa_run_starts_as_the_base_model_and_serves_the_difference(tiny_se
     assert record.replies[0].bytes_down < 1.1 * record.replies[0].bytes_up  # the start did not travel
     catch_up(experiment.model, [], Folds(0, after.folds))
     assert max(float(delta_weight(f).abs().max()) for f in served_adapter(after).modules.values()) > 1e-6
+
+
+def test_sparse_rounds_move_their_columns_alone_and_then_start_a_balanced_adapter(tiny_settings):
+    from polyrank.config import load_config
+    from polyrank.experiment import prepare
+    from polyrank.round import federated_round
+
+    settings = [*tiny_settings, "method=slora", "rounds=3", "engine.workers=1", "training.sparse_rounds=2"]
+    experiment = prepare(load_config(settings=settings))
+    state, sent = experiment.start, []
+    name, first = next(iter(state.adapter.modules.items()))
+    columns = first.A.argmax(dim=1)
+    assert torch.equal(first.A, torch.nn.functional.one_hot(columns, first.A.shape[1]).float())
+    assert len(set(columns.tolist())) == first.rank
+    for _ in range(3):
+        before = state
+        state, record = federated_round(experiment.federation, state)
+        assert all(reply.error is None for reply in record.replies)
+        sent.append((record.replies[0].bytes_down, record.replies[0].bytes_up))
+        if state.round == 1:
+            moved = delta_weight(state.adapter.modules[name])
+            others = [c for c in range(moved.shape[1]) if c not in columns.tolist()]
+            assert not bool(moved[:, others].any())
+            assert bool(moved[:, columns].any(dim=0).all())
+        if state.round == 2:
+            factors = state.adapter.modules[name]
+            assert torch.allclose(factors.B.norm(dim=0), factors.A.norm(dim=1), rtol=1e-4)
+            assert not torch.equal(factors.A, before.adapter.modules[name].A)
+    (down0, up0), (down1, up1), (down2, up2) = sent
+    assert (down0, up0) == (down1, up1)
+    numbers = 4 * sum(f.A.numel() for f in state.adapter.modules.values())
+    assert down2 - down0 == pytest.approx(numbers, rel=0.02)
+    assert up2 - up0 == pytest.approx(numbers, rel=0.02)
+
+
+def test_the_server_balances_without_changing_the_product():
+    from polyrank.aggregation.product import rebalanced
+
+    bank = random_adapter(3, 4, shapes={"a": (9, 7), "b": (5, 8)})
+    even = rebalanced(bank)
+    for name, factors in bank.modules.items():
+        assert torch.allclose(delta_weight(factors), delta_weight(even.modules[name]), atol=1e-5)
+        norms = even.modules[name].B.norm(dim=0)
+        assert torch.allclose(norms, even.modules[name].A.norm(dim=1), rtol=1e-4)

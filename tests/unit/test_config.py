@@ -63,6 +63,10 @@ def test_every_recipe_gives_a_config():
         ("adapter.targets=[]", "adapter.targets = ..: name at least one linear map"),
         ("training.prune_keep=0.5", "aggregation.kind = 'fedavg': needs equal ranks"),
         ("training.prune_penalty=0.5", "training.prune_penalty = 0.5: needs prune_keep"),
+        (
+            "training={sparse_rounds=2, factors='B'}",
+            "training.sparse_rounds = 2: needs adapter.form = 'lora', .* training.factors = 'both'",
+        ),
         ("allocation={kind='loss_based', high_rank=8}", "aggregation.kind = 'fedavg': needs equal ranks"),
         ("rounds", "--set = 'rounds': must look like key=value"),
         ("data=3", "data = 3: must be a table of keys"),

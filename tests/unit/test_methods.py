@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from polyrank.adapter import Adapter, delta_weight, full_mask, num_slots, prefix_mask, restrict
+from polyrank.adapter import Adapter, Draw, delta_weight, full_mask, num_slots, prefix_mask, restrict
 from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Stacking, ZeroPadding
 from polyrank.allocation import LossBased, RandomSlotChoice, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
@@ -20,7 +20,7 @@ from polyrank.lowrank import installed
 from polyrank.messages import Folds, Training
 from polyrank.models.load import write_head
 from polyrank.recipes import recipes
-from polyrank.round import _is_drawn, federated_round, make_task
+from polyrank.round import drawn_as, federated_round, make_task
 from polyrank.sampling import SampleCount
 from polyrank.session import ClientEnv, ClientError, train
 from polyrank.wire import decode_task, encode_task
@@ -116,7 +116,7 @@ def test_one_factor_trains_and_travels(factors, moves, stays, form):
     federated_round(fed, state)
     up_of_both = fed.engine.up
     fed, _ = federation(training=Training(local_steps=2, batch_size=3, learning_rate=0.01, factors=factors))
-    assert make_task(fed, state, full_mask(bank), "c0").a_seed is None  # A is not as drawn: it travels
+    assert make_task(fed, state, full_mask(bank), "c0").drawn is None  # A is not as drawn: it travels
     fed = dataclasses.replace(fed, training=fed.training.model_copy(update={"factors": "alternate"}))
     after, _ = federated_round(fed, dataclasses.replace(state, round=0 if factors == "B" else 1))
     assert fed.engine.up < 0.75 * up_of_both
@@ -133,7 +133,7 @@ def test_an_a_that_never_changes_travels_as_its_seed(form):
         form=form, training=Training(local_steps=2, factors="B"), allocation=Uniform(rank=2)
     )
     mask = fed.allocation.allocate(state, ["c0"])["c0"]
-    data = encode_task(make_task(fed, state, mask, "c0", drawn=_is_drawn(state)))
+    data = encode_task(make_task(fed, state, mask, "c0", drawn=drawn_as(fed, state)))
     again = decode_task(data)
     assert largest_difference(again.adapter, restrict(state.adapter, mask)) == 0
     plain = dataclasses.replace(fed, training=Training(local_steps=2))
@@ -160,10 +160,10 @@ def test_a_rule_that_dilutes_cannot_move_an_a_that_never_changes():
     after, _ = rounds(fed, state, 3)
     for name, before in state.adapter.modules.items():
         assert torch.equal(after.adapter.modules[name].A, before.A)
-    assert _is_drawn(after)
+    assert drawn_as(fed, after) == Draw(state.seed)
     requests = Recording(fed.engine)
     federated_round(dataclasses.replace(fed, engine=requests), after)
-    assert all(decode_task(request).a_seed == state.seed for _, request in requests.seen)
+    assert all(decode_task(request).drawn == Draw(state.seed) for _, request in requests.seen)
 
 
 def test_a_client_that_did_not_prune_may_grow():

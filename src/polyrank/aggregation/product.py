@@ -97,6 +97,12 @@ def refactor_adapter(bank: Adapter, parts_of: Callable[[str], Sequence[Part]]) -
     return Adapter(bank.form, modules)
 
 
+def rebalanced(adapter: Adapter) -> Adapter:
+    """The same products with their singular values split evenly between B and A."""
+    own = {name: [(factors, torch.ones(factors.rank))] for name, factors in adapter.modules.items()}
+    return refactor_adapter(adapter, own.__getitem__)
+
+
 def holders(
     updates: Sequence[ClientUpdate], weights: Sequence[float], name: str
 ) -> list[tuple[ClientUpdate, float]]:

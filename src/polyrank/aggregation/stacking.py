@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from polyrank.adapter import Adapter, Factors, fresh_slots
+from polyrank.adapter import Adapter, Draw, Factors, fresh_slots
 from polyrank.aggregation.base import Aggregated, Weights, client_weights, mean_head
 from polyrank.messages import ClientUpdate
 from polyrank.schema import Schema
@@ -40,7 +40,7 @@ class Stacking(Schema):
             held = [(u.adapter.modules[name], p) for u, p in pairs if name in u.adapter.modules]
             if held:
                 modules[name] = _stacked(held)
-        bank = fresh_slots(state.adapter, seed_for(state.seed, "stacking", state.round))
+        bank = fresh_slots(state.adapter, Draw(seed_for(state.seed, "stacking", state.round)))
         head = mean_head(updates, weights, state.head)
         return Aggregated(bank, head, fold=Adapter("lora", modules))
 

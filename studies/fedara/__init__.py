@@ -1,0 +1,1 @@
+"""FedARA against its baselines."""

@@ -1,0 +1,98 @@
+"""What the FedARA study compares, and on what: arms, data sets, partitions, and the config of one cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RANK = 12
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+TUNED_ON = ("banking77", "dirichlet 0.1")
+Given = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one data set is used; tokens are what costs time."""
+
+    rounds: int
+    local_steps: int
+    max_length: int
+    seeds: int
+    partitions: tuple[str, ...]
+
+
+PARTITIONS: dict[str, dict[str, Any]] = {
+    "dirichlet 0.1": {"kind": "dirichlet", "alpha": 0.1, "min_examples": 8, "clients": 100},
+    "dirichlet 1": {"kind": "dirichlet", "alpha": 1.0, "min_examples": 8, "clients": 100},
+    "pathological": {"kind": "pathological", "clients": 100},
+}
+LABELS = {"banking77": 5, "huffpost41": 4, "ag_news": 1, "newsgroups20": 2}
+"""Labels of each client under the pathological partition."""
+
+SMALL = {
+    "banking77": Setting(20, 6, 32, 5, tuple(PARTITIONS)),
+    "ag_news": Setting(10, 5, 32, 3, tuple(PARTITIONS)),
+    "huffpost41": Setting(20, 6, 24, 3, tuple(PARTITIONS)),
+    "newsgroups20": Setting(10, 6, 64, 3, ("dirichlet 0.1",)),
+}
+"""What two cores do in about three hours."""
+
+FULL = {name: Setting(100, 12, 128, 5, tuple(PARTITIONS)) for name in SMALL}
+"""The size that a GPU is for."""
+
+
+def arms() -> dict[str, dict[str, Any]]:
+    """FedARA at two targets and the baselines; all start from 12 slots on every linear map."""
+    adapter = {"rank": RANK, "targets": "all-linear"}
+    same = {
+        "fedit": {"method": "fedit"},
+        "ffa": {"method": "ffa"},
+        "fedsvd": {"method": "fedsvd"},
+        "fedadalora": {"method": "fedadalora", "voting": {"target_rank": 4.0}},
+        "federa": {"method": "federa"},
+        "fedadapter": {"method": "fedadapter"},
+        "fedara 4": {"method": "fedara", "voting": {"target_rank": 4.0}},
+        "fedara 2": {"method": "fedara", "voting": {"target_rank": 2.0}},
+    }
+    return {name: {**arm, "adapter": adapter} for name, arm in same.items()}
+
+
+def switches() -> dict[str, dict[str, Any]]:
+    """FedARA at target 4 with one switch turned: which of our reconstructions moves the result."""
+    adapter = {"rank": RANK, "targets": "all-linear"}
+    votes: dict[str, dict[str, Any]] = {
+        "arbitration top": {"arbitration": "top"},
+        "importance magnitude": {"importance": "magnitude"},
+        "importance gradient": {"importance": "gradient"},
+        "schedule linear": {"schedule": "linear"},
+        "threshold 0.3": {"threshold": 0.3},
+    }
+    arm = {"method": "fedara", "adapter": adapter}
+    found = {name: {**arm, "voting": {"target_rank": 4.0, **one}} for name, one in votes.items()}
+    found["orthogonality 0.1"] = {**arm, "training": {"orthogonality": 0.1}}
+    return found
+
+
+def config(
+    source: Path, data: str, partition: str, seed: int, arm: Given, rate: float, setting: Setting
+) -> dict[str, Any]:
+    """The config of one cell; every arm sees the same clients and the same cohorts."""
+    shared = dict(PARTITIONS[partition])
+    if shared["kind"] == "pathological":
+        shared["labels_per_client"] = LABELS[data]
+    training = {"learning_rate": rate, "local_steps": setting.local_steps, **arm.get("training", {})}
+    return {
+        **arm,
+        "seed": seed,
+        "rounds": setting.rounds,
+        "engine": {"workers": 1, "prefix_gb": 0.5},
+        "model": {"base_dtype": "bf16", "max_length": setting.max_length},
+        "data": {"source": str(source), "max_test": 1_000},
+        "partition": shared,
+        "sampling": {"kind": "count", "count": 10},
+        "training": training,
+        "evaluation": {"every": 5, "batch_size": 64},
+    }
