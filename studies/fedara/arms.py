@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 RANK = 12
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-TUNED_ON = ("banking77", "dirichlet 0.1")
+RATES = (1e-3, 3e-3, 6e-3)
+TUNED_ON = ("banking77", "dirichlet-0.1")
 Given = Mapping[str, Any]
 
 
@@ -25,18 +25,18 @@ class Setting:
 
 
 PARTITIONS: dict[str, dict[str, Any]] = {
-    "dirichlet 0.1": {"kind": "dirichlet", "alpha": 0.1, "min_examples": 8, "clients": 100},
-    "dirichlet 1": {"kind": "dirichlet", "alpha": 1.0, "min_examples": 8, "clients": 100},
+    "dirichlet-0.1": {"kind": "dirichlet", "alpha": 0.1, "min_examples": 8, "clients": 100},
+    "dirichlet-1": {"kind": "dirichlet", "alpha": 1.0, "min_examples": 8, "clients": 100},
     "pathological": {"kind": "pathological", "clients": 100},
 }
 LABELS = {"banking77": 5, "huffpost41": 4, "ag_news": 1, "newsgroups20": 2}
 """Labels of each client under the pathological partition."""
 
 SMALL = {
-    "banking77": Setting(20, 6, 32, 5, tuple(PARTITIONS)),
-    "ag_news": Setting(10, 5, 32, 3, tuple(PARTITIONS)),
-    "huffpost41": Setting(20, 6, 24, 3, tuple(PARTITIONS)),
-    "newsgroups20": Setting(10, 6, 64, 3, ("dirichlet 0.1",)),
+    "banking77": Setting(15, 5, 32, 5, tuple(PARTITIONS)),
+    "ag_news": Setting(9, 4, 32, 3, tuple(PARTITIONS)),
+    "huffpost41": Setting(15, 5, 24, 3, tuple(PARTITIONS)),
+    "newsgroups20": Setting(9, 5, 64, 3, ("dirichlet-0.1",)),
 }
 """What two cores do in about three hours."""
 
@@ -44,18 +44,20 @@ FULL = {name: Setting(100, 12, 128, 5, tuple(PARTITIONS)) for name in SMALL}
 """The size that a GPU is for."""
 
 
-def arms() -> dict[str, dict[str, Any]]:
+def arms(rounds: int) -> dict[str, dict[str, Any]]:
     """FedARA at two targets and the baselines; all start from 12 slots on every linear map."""
     adapter = {"rank": RANK, "targets": "all-linear"}
+    depth = {"kind": "progressive_depth", "every": max(1, rounds // 6)}
     same = {
         "fedit": {"method": "fedit"},
         "ffa": {"method": "ffa"},
         "fedsvd": {"method": "fedsvd"},
         "fedadalora": {"method": "fedadalora", "voting": {"target_rank": 4.0}},
         "federa": {"method": "federa"},
-        "fedadapter": {"method": "fedadapter"},
-        "fedara 4": {"method": "fedara", "voting": {"target_rank": 4.0}},
-        "fedara 2": {"method": "fedara", "voting": {"target_rank": 2.0}},
+        "slora": {"method": "slora", "training": {"sparse_rounds": max(1, rounds // 5)}},
+        "fedadapter": {"method": "fedadapter", "allocation": depth},
+        "fedara-4": {"method": "fedara", "voting": {"target_rank": 4.0}},
+        "fedara-2": {"method": "fedara", "voting": {"target_rank": 2.0}},
     }
     return {name: {**arm, "adapter": adapter} for name, arm in same.items()}
 
@@ -64,15 +66,20 @@ def switches() -> dict[str, dict[str, Any]]:
     """FedARA at target 4 with one switch turned: which of our reconstructions moves the result."""
     adapter = {"rank": RANK, "targets": "all-linear"}
     votes: dict[str, dict[str, Any]] = {
-        "arbitration top": {"arbitration": "top"},
-        "importance magnitude": {"importance": "magnitude"},
-        "importance gradient": {"importance": "gradient"},
-        "schedule linear": {"schedule": "linear"},
-        "threshold 0.3": {"threshold": 0.3},
+        "arbitration-top": {"arbitration": "top"},
+        "importance-magnitude": {"importance": "magnitude"},
+        "importance-gradient": {"importance": "gradient"},
+        "schedule-linear": {"schedule": "linear"},
+        "threshold-0.3": {"threshold": 0.3},
     }
     arm = {"method": "fedara", "adapter": adapter}
     found = {name: {**arm, "voting": {"target_rank": 4.0, **one}} for name, one in votes.items()}
-    found["orthogonality 0.1"] = {**arm, "training": {"orthogonality": 0.1}}
+    found["orthogonality-0.1"] = {**arm, "training": {"orthogonality": 0.1}}
+    found["without-SVD-form"] = {
+        **arm,
+        "voting": {"target_rank": 4.0},
+        "adapter": {**adapter, "form": "lora"},
+    }
     return found
 
 
@@ -88,11 +95,11 @@ def config(
         **arm,
         "seed": seed,
         "rounds": setting.rounds,
-        "engine": {"workers": 1, "prefix_gb": 0.5},
+        "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": setting.max_length},
-        "data": {"source": str(source), "max_test": 1_000},
+        "data": {"source": str(source), "max_test": 600},
         "partition": shared,
         "sampling": {"kind": "count", "count": 10},
         "training": training,
-        "evaluation": {"every": 5, "batch_size": 64},
+        "evaluation": {"every": 3, "batch_size": 64},
     }
