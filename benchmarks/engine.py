@@ -48,7 +48,7 @@ from polyrank.models.load import (
 )
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
-from polyrank.session import ClientEnv, batches, train
+from polyrank.session import ClientEnv, batches, train, train_together
 from polyrank.wire import encode_task
 
 STEPS, BATCH, RANK, CLASSES = 10, 8, 8, 8
@@ -95,6 +95,10 @@ def rows_of(given: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         rows[work] = partial(measure, work, pairs, full, "fp32", top)
         rows[f"top {top} of 6 blocks, 5 sessions with filling"] = partial(measure_run, top, pairs, full)
     rows["a bare loop over the same kernels"] = partial(measure_overhead, pairs, full)
+    for clients, batch, least in ((8, 8, 6), (16, 2, 8), (4, 8, 12)):
+        texts = f"{batch} texts of {least} to {2 * least} tokens"
+        work = f"{clients} clients in one pass against one by one, {texts}"
+        rows[work] = partial(measure_fused, work, pairs, clients, batch, least)
     return rows
 
 
@@ -176,6 +180,39 @@ def measure_overhead(pairs: int, data: Tokens) -> dict[str, Any]:
         spent.append(cpu_seconds(lambda: handle(request, env)))
         ratios.append(cpu_seconds(bare) / spent[-1])
     return row_of("a bare loop over the same kernels", ratios, STEPS, spent)
+
+
+def measure_fused(work: str, pairs: int, clients: int, batch: int, least: int) -> dict[str, Any]:
+    """Some clients' sessions in one pass of the base model against the same sessions one after the other.
+
+    Args:
+        batch: texts of each client's step.
+        least: tokens of the shortest text; the longest has twice as many.
+    """
+    model = load_base("minilm", [str(i) for i in range(CLASSES)], 0, torch.device("cpu"))
+    task = task_for(start_of(model, 6), read_head(model))
+    task = dataclasses.replace(task, training=task.training.model_copy(update={"batch_size": batch}))
+    tasks = [dataclasses.replace(task, seed=number) for number in range(clients)]
+    environments = [ClientEnv(model, short_tokens(number, least)) for number in range(clients)]
+
+    def together() -> list[Any]:
+        return train_together(tasks, environments)
+
+    def apart() -> list[Any]:
+        return [train(one, env) for one, env in zip(tasks, environments, strict=True)]
+
+    first, second = together(), apart()
+    difference = max(
+        float((a.adapter.modules[name].B - f.B).abs().max() / f.B.abs().max())
+        for a, b in zip(first, second, strict=True)
+        for name, f in b.adapter.modules.items()
+    )
+    assert difference < 1e-3, difference
+    ratios, spent = [], []
+    for _ in range(pairs):
+        spent.append(cpu_seconds(together))
+        ratios.append(cpu_seconds(apart) / spent[-1])
+    return row_of(work, ratios, STEPS * clients, spent) | {"difference": difference}
 
 
 def row_of(work: str, ratios: list[float], steps: int, spent: list[float]) -> dict[str, Any]:
@@ -264,6 +301,15 @@ def full_tokens() -> Tokens:
     draw = np.random.default_rng(0)
     ids = draw.integers(1_000, 20_000, 80 * 64).astype(np.int32)
     return Tokens(ids, None, np.arange(81) * 64, draw.integers(0, CLASSES, 80), 0)
+
+
+def short_tokens(seed: int, least: int) -> Tokens:
+    """40 texts of ``least`` to twice as many tokens."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(least, 2 * least + 1, 40)
+    ids = draw.integers(1_000, 20_000, int(lengths.sum())).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Tokens(ids, None, starts, draw.integers(0, CLASSES, 40), 0)
 
 
 def docstrings() -> Tokens:
