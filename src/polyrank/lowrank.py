@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, delta_weight
-from polyrank.fused import Shares, stack_factors
+from polyrank.fused import Shares, add_padded, add_products, stack_factors
 from polyrank.models.frozen import pack_again
 
 
@@ -59,19 +59,16 @@ class LowRankLinear(nn.Module):
         y: Tensor = self.base(x)
         if self.A is not None:
             dropped = F.dropout(x, self.dropout) if self.dropout > 0 else x
-            y = y + self.scale * self._product(dropped, self.B, self.e, self.A)
+            y = self._add(y, dropped, self.B, self.e, self.A)
         if self.frozen:
-            y = y + self.scale * self._product(x, self.frozen["B"], self.frozen.get("e"), self.frozen["A"])
+            y = self._add(y, x, self.frozen["B"], self.frozen.get("e"), self.frozen["A"])
         return y
 
-    def _product(self, x: Tensor, B: Tensor, e: Tensor | None, A: Tensor) -> Tensor:
-        if len(A) == 1:
-            held = F.linear(x, A.squeeze(0))
-            return F.linear(held if e is None else held * e, B.squeeze(0))
+    def _add(self, y: Tensor, x: Tensor, B: Tensor, e: Tensor | None, A: Tensor) -> Tensor:
+        """y + scale * B (e * (A x)), each client's rows with its own factors."""
         flat = x.reshape(-1, x.shape[-1])
-        held = self.shares.spread(flat) @ A.mT
-        out = (held if e is None else held * e[:, None]) @ B.mT
-        return self.shares.join(out, len(flat)).view(*x.shape[:-1], -1)
+        add = add_products if x.device.type == "cpu" else add_padded
+        return add(y.reshape(-1, y.shape[-1]), flat, B, e, A, self.scale, self.shares).view(y.shape)
 
     def factors(self, client: int = 0) -> Factors:
         """The factors of one client (views)."""

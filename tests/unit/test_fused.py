@@ -11,7 +11,7 @@ import torch
 from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
 from polyrank.client import answer_together
 from polyrank.engine.embedded import EmbeddedEngine, groups
-from polyrank.fused import Shares, own_heads, stack_factors
+from polyrank.fused import Shares, add_padded, add_products, own_heads, stack_factors
 from polyrank.lowrank import installed
 from polyrank.messages import Training, TrainTask
 from polyrank.models.load import read_head
@@ -179,15 +179,39 @@ def test_too_little_memory_for_a_group_is_no_failure(monkeypatch):
 def test_shares_of_a_ragged_batch():
     shares = Shares()
     shares.begin([[2, 3], [], [4]])
-    assert shares.of(3) == [2, 0, 1]  # texts
-    assert shares.of(9) == [5, 0, 4]  # tokens
-    assert shares.of(12) == [8, 0, 4]  # with padding
+    assert shares.of(3, 3) == [2, 0, 1]  # texts
+    assert shares.of(9, 3) == [5, 0, 4]  # tokens
+    assert shares.of(12, 3) == [8, 0, 4]  # with padding
     rows = torch.arange(18.0).view(9, 2)
-    spread = shares.spread(rows)
+    spread = shares.spread(rows, [5, 0, 4])
     assert spread.shape == (3, 5, 2)
     assert torch.equal(spread[0], rows[:5])
     assert torch.equal(spread[2, :4], rows[5:])
-    assert torch.equal(shares.join(spread, 9), rows)
+    assert torch.equal(shares.join(spread, [5, 0, 4]), rows)
+
+
+@pytest.mark.parametrize("form", ["lora", "svd"])
+@pytest.mark.parametrize("lengths", [[[2, 3], [], [4]], [[2], [2], [2]], [[7]]])
+def test_products_client_by_client_and_padded_are_the_same(form, lengths):
+    count, rows = len(lengths), sum(map(sum, lengths))
+    shares, draw = Shares(), torch.Generator().manual_seed(3)
+    shares.begin(lengths)
+    shapes = [(rows, 5), (rows, 6), (count, 5, 2), (count, 2), (count, 2, 6)]
+    values = [torch.randn(*s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
+    if form == "lora":
+        values[3] = None
+    first, second = (add(*values, 0.7, shares) for add in (add_products, add_padded))
+    assert torch.allclose(first, second, atol=1e-12)
+    place = torch.randn(rows, 5, generator=draw, dtype=torch.float64)
+    needed = [value for value in values if value is not None]
+    gradients = [torch.autograd.grad(out, needed, place) for out in (first, second)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+    own = torch.tensor([client for client, texts in enumerate(lengths) for _ in range(sum(texts))])
+    y, x, B, e, A = values
+    for row, client in enumerate(own):
+        held = A[client] @ x[row] if e is None else e[client] * (A[client] @ x[row])
+        assert torch.allclose(first[row], y[row] + 0.7 * B[client] @ held)
 
 
 def test_stacked_factors_end_in_zeros():
