@@ -74,6 +74,11 @@ class Layout:
         return len(self.rows) == self.mask.numel()
 
 
+def makes_queries(name: str) -> bool:
+    """Whether a map of this name makes queries alone, which a last block needs of the tokens read alone."""
+    return name in _QUERY
+
+
 class UnfitError(Exception):
     """What a model does that the packed path cannot."""
 

@@ -1,0 +1,129 @@
+"""The cost model counts what the client does: FLOP as torch counts them, activations as autograd keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyrank.adapter import new_adapter, top_blocks
+from polyrank.cost import Demand, Workload, backward, cost, forward, kept_bytes, memory_bytes
+from polyrank.device import Setup
+from polyrank.lowrank import installed
+from polyrank.models.load import head_parameters, logits_of
+from polyrank.models.shape import Map, ModelShape, shape_of
+from polyrank.models.targets import resolve_targets
+from tests.conftest import tiny_model
+
+WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+BATCH, LENGTH = 4, 16
+PI = Setup("pi", "on", 1e6, 1e6, 1e-3, 10**6, 5.0, 8e3, 4e3, 0.5, 1.0)
+
+
+def one_map(**changes):
+    """One block of one map [2, 3] that reads what enters the block, no attention cost, no head."""
+    maps = [Map("b.0.q", 2, 3, 0, True, False)]
+    shape = ModelShape(maps, 0, 1, 6, 0, 0, 1, False, False)
+    return Workload(
+        shape, {"b.0.q": 1}, steps=2, texts=4, tokens=10.0, bytes_down=1000, bytes_up=500, **changes
+    )
+
+
+def test_a_hand_worked_session():
+    work = one_map()
+    ahead, back = forward(work), backward(work)
+    assert ahead.flop == 2 * 6 * 10 + 2 * 1 * 5 * 10  # the frozen map, and its adapter of rank 1
+    assert back.flop == 2 * 1 * (2 + 5) * 10  # the adapter alone: nobody needs the gradient of what enters
+    assert kept_bytes(work) == 4 * 5 * (2 + 1 + 3)  # 5 tokens a step: output, held row and input
+    spent = cost(work, PI)
+    assert (spent.down_s, spent.up_s) == (0.5 + 8 * 1000 / 8e3, 0.5 + 8 * 500 / 4e3)
+    assert spent.energy_j == pytest.approx(5.0 * spent.compute_s + 1.0 * (spent.down_s + spent.up_s))
+    assert spent.total_s == pytest.approx(spent.down_s + spent.compute_s + spent.up_s)
+    assert memory_bytes(work) == 4 * 6 + 4 * 5 * 4 + 120 + 2 * 4 * 5 * 5
+    assert Demand(2e6, 3e6, 4.0).seconds(PI) == pytest.approx(2 + 3 + 0.004)
+
+
+def tiny_workload(depth, targets="attention", rank=3, pools=True, skipped=0, frozen=()):
+    model = tiny_model(**WIDE)
+    if not pools:
+        model = replace(model, pools=None)
+    shapes = resolve_targets(model.network, model.blocks, targets)
+    bank = new_adapter(shapes, form="lora", rank=rank, scale=1.0, seed=0)
+    held = top_blocks({name: torch.ones(rank, dtype=torch.bool) for name in shapes}, depth)
+    modules = {name: f for name, f in bank.modules.items() if held[name].any()}
+    work = Workload(shape_of(model), dict.fromkeys(modules, rank), 1, BATCH, BATCH * LENGTH, skipped=skipped)
+    return model, replace(bank, modules=modules), work
+
+
+def step(model):
+    ids = torch.randint(3, 80, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return F.cross_entropy(logits_of(model, inputs), torch.zeros(BATCH, dtype=torch.long))
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear", ("output.dense",)])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("pools", [True, False])
+def test_flop_are_those_that_torch_counts(targets, depth, pools):
+    model, adapter, work = tiny_workload(depth, targets, pools=pools)
+    for parameter in head_parameters(model).values():
+        parameter.requires_grad_(True)
+    with installed(model.network, [adapter]), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as ahead:
+            loss = step(model)
+        with FlopCounterMode(display=False) as back:
+            loss.backward()
+    pooler = (
+        2 * BATCH * WIDE["hidden_size"] ** 2
+    )  # a frozen map outside the blocks, which the model leaves out
+    assert forward(work).flop + pooler == pytest.approx(ahead.get_total_flops(), rel=0.01)
+    assert backward(work).flop + pooler == pytest.approx(back.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("pools", [True, False])
+def test_activations_are_those_that_autograd_keeps(targets, depth, pools):
+    model, adapter, work = tiny_workload(depth, targets, pools=pools)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with installed(model.network, [adapter]) as layers:
+        own |= {p.untyped_storage().data_ptr() for layer in layers.values() for p in layer.parameters()}
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = step(model)
+    assert loss.requires_grad
+    assert kept_bytes(work) == pytest.approx(sum(kept.values()), rel=0.2)
+
+
+def test_a_stored_prefix_leaves_out_its_blocks_and_is_paid_for_once():
+    _, _, whole = tiny_workload(1, pools=False)
+    _, _, stored = tiny_workload(1, pools=False, skipped=3)
+    assert backward(stored) == backward(whole)
+    blocks = (forward(whole).flop - 4 * 195 * BATCH) / (forward(stored).flop - 4 * 195 * BATCH)
+    assert blocks == pytest.approx(4, rel=0.1)
+    first = cost(replace(stored, stored_tokens=10 * stored.tokens), PI)
+    assert first.store_s > 3 * first.forward_s
+    assert cost(stored, PI).store_s == 0
+    with pytest.raises(ValueError, match="holds an adapter"):
+        forward(replace(stored, ranks=tiny_workload(4)[2].ranks))
+
+
+def test_frozen_slots_cost_time_but_no_optimiser():
+    _, _, work = tiny_workload(2)
+    trained = {name: 2 for name in work.ranks}
+    half = replace(work, ranks=trained, frozen=dict.fromkeys(trained, 1))
+    assert forward(half).flop == forward(work).flop
+    assert backward(replace(work, ranks=trained)).flop < backward(half).flop < backward(work).flop
+    assert memory_bytes(half) < memory_bytes(work)
