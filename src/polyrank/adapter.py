@@ -170,6 +170,13 @@ def block_numbers(names: Iterable[ModuleName]) -> dict[ModuleName, int]:
     return {name: next((int(word) for word in name.split(".") if word.isdigit()), 0) for name in names}
 
 
+def top_blocks(mask: RankMask, depth: int) -> RankMask:
+    """The slots of the last ``depth`` blocks that the mask names; none of the others."""
+    blocks = block_numbers(mask)
+    held = set(sorted(set(blocks.values()))[-depth:])
+    return {name: s if blocks[name] in held else torch.zeros_like(s) for name, s in mask.items()}
+
+
 def num_slots(mask: RankMask) -> int:
     """How many slots a mask holds over all modules."""
     return sum(int(held.sum()) for held in mask.values())

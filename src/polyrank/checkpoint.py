@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from polyrank.adapter import Adapter, Factors
 from polyrank.errors import InputError
-from polyrank.state import ClientRecord, ServerState
+from polyrank.state import Capacity, ClientRecord, ServerState
 
 STATE_FILE = "state.safetensors"
 
@@ -76,8 +77,13 @@ def load_state(path: Path) -> ServerState:
             )
             for number, scales in enumerate(meaning["folds"])
         ]
-        clients = {name: ClientRecord(**record) for name, record in meaning["clients"].items()}
+        clients = {name: _record(fields) for name, fields in meaning["clients"].items()}
         shares = {n.removeprefix("shares/"): t for n, t in tensors.items() if n.startswith("shares/")}
         return ServerState(meaning["round"], meaning["seed"], adapter, active, head, clients, folds, shares)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError("RUN", str(path), f"is not a saved state ({type(error).__name__})") from error
+
+
+def _record(fields: dict[str, Any]) -> ClientRecord:
+    known = fields.get("capacity")
+    return ClientRecord(**{**fields, "capacity": None if known is None else Capacity(**known)})

@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from polyrank.adapter import Form
 from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg, Stacking
-from polyrank.allocation import Allocation, Uniform
+from polyrank.allocation import Allocation, Tiers, Uniform
+from polyrank.clock import FleetTable
 from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
 from polyrank.errors import InputError, choices
@@ -107,6 +108,8 @@ class Config(Schema):
     """Clients vote on which slots stay (FedARA); nothing: all slots stay active."""
     evaluation: Evaluation = Evaluation()
     engine: Embedded = Embedded()
+    fleet: FleetTable | None = None
+    """Devices whose time, energy and memory are simulated; nothing: none are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,6 +151,8 @@ class Config(Schema):
             raise InputError("training.prune_keep", self.training.prune_keep, allowed)
         if self.voting is not None:
             self._votes_fit(moving)
+        if self.fleet is None:
+            self._needs_no_fleet()
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
@@ -163,6 +168,14 @@ class Config(Schema):
         if moving or isinstance(self.aggregation, Stacking):
             allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.sparse_rounds", rounds, allowed)
+
+    def _needs_no_fleet(self) -> None:
+        """Refuse a policy that goes by devices where none are known."""
+        policy = self.allocation
+        by_device = isinstance(policy, Tiers) and any(tier.device for tier in policy.tiers)
+        weakest = isinstance(policy, Uniform) and policy.depth == "weakest"
+        if policy.kind == "legend" or by_device or weakest:
+            raise InputError("fleet", None, f"must be given for allocation.kind = {policy.kind!r} by device")
 
     def _votes_fit(self, moving: bool) -> None:
         """Refuse what would make votes meaningless: a slot must keep its place, and a mask needs its e."""

@@ -27,7 +27,7 @@ from polyrank.models.shape import Map, ModelShape
 
 WORD = 4  # bytes of a float32
 
-# Operations of one step, (forward, backward), counted as torch dispatches them on the packed MiniLM, without views.
+# Operations of one step, (forward, backward), as torch dispatches them on the packed MiniLM, without views.
 BLOCK_OPERATIONS = (14.0, 15.0)
 ADAPTER_OPERATIONS = (4.0, 16.0)  # of one adapted map; the second includes clipping and the optimiser
 STEP_OPERATIONS = 40.0  # embedding, head, loss and optimiser
@@ -210,7 +210,7 @@ def kept_bytes(work: Workload) -> float:
     read: set[tuple[int, float]] = set()
     for one in work.shape.maps:
         rows, rank = _rows(work, one) / steps, work.ranks.get(one.name, 0)
-        first = one.block == lowest and (one.enters and _learns_attention(work, lowest) or rank > 0)
+        first = one.block == lowest and ((one.enters and _learns_attention(work, lowest)) or rank > 0)
         if one.block > lowest or first or (one.block == lowest and _passes_gradient(work, one, lowest)):
             total += rows * one.outputs  # what follows it keeps its input: attention, activation or norm
         if rank:

@@ -19,9 +19,10 @@ import torch
 
 from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, num_slots, restrict
 from polyrank.aggregation import Stacking
-from polyrank.allocation import LossBased, Tiers
+from polyrank.allocation import Legend, LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import catch_up
+from polyrank.clock import Clock, make_clock
 from polyrank.config import Config
 from polyrank.data.partition import ClientRows, Natural, share_out
 from polyrank.data.source import load_corpus
@@ -41,6 +42,7 @@ from polyrank.ledger import (
     refuse_existing,
     round_row,
     score_rows,
+    simulated_totals,
     slot_row,
     versions,
 )
@@ -48,9 +50,10 @@ from polyrank.lowrank import fold, negated, weights_start
 from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
+from polyrank.models.shape import shape_of
 from polyrank.models.targets import resolve_targets
 from polyrank.report import write_report
-from polyrank.round import Federation, evaluate_clients, federated_round
+from polyrank.round import Federation, evaluate_clients, federated_round, make_task
 from polyrank.sampling import SampleCount
 from polyrank.seed import seed_for
 from polyrank.session import ClientEnv
@@ -118,8 +121,6 @@ def prepare(config: Config) -> Experiment:
     encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
     if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
         raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
-    if isinstance(config.allocation, Tiers):
-        config.allocation.ranks([rows.client for rows in clients], config.seed)  # refuses unknown names
     cache = _prefix_cache(config)
     environments = {
         rows.client: ClientEnv(
@@ -141,11 +142,58 @@ def prepare(config: Config) -> Experiment:
         untrained=config.adapter.untrained,
         voting=config.voting,
         validate=None if kept is None else _validation(config, model, kept),
+        clock=_clock(config, model, environments),
     )
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
-    records = {rows.client: ClientRecord(len(folds)) for rows in clients}
-    start = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), records, folds)
+    start = _start(
+        config,
+        federation,
+        ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds),
+    )
     return Experiment(config, corpus, clients, model, test, federation, start, cache)
+
+
+def _start(config: Config, fed: Federation, state: ServerState) -> ServerState:
+    """The state before the first round: what each device says of itself, and the slots in use.
+
+    Raises: InputError when a tier names what is not there, or a device has no room for its first session.
+    """
+    records = {client.id: ClientRecord(len(state.folds)) for client in fed.engine.clients()}
+    if fed.clock is not None:
+        for client, record in records.items():
+            capacity = fed.clock.register(client, state.adapter, config.training)
+            device = fed.clock.roster.device_of(client)
+            records[client] = replace(record, device=device, capacity=capacity)
+    if isinstance(config.allocation, Tiers):
+        devices = {client: record.device for client, record in records.items()}
+        config.allocation.ranks(list(records), config.seed, devices)  # refuses unknown names
+    state = replace(state, clients=records)
+    if isinstance(config.allocation, Legend) and config.voting is not None:
+        state = replace(state, active=config.allocation.opening(state))
+    if fed.clock is not None and config.fleet is not None and not config.fleet.ignore_memory:
+        _refuse_what_does_not_fit(fed, fed.clock, state)
+    return state
+
+
+def _refuse_what_does_not_fit(fed: Federation, clock: Clock, state: ServerState) -> None:
+    plan = fed.allocation.allocate(state, list(state.clients))
+    for client, record in state.clients.items():
+        priced = clock.price(make_task(fed, state, plan[client], client), record, 0, 0)
+        if not priced.fits:
+            needs, has = (f"{size / 1e9:.2f} GB" for size in (priced.cost.memory_bytes, priced.limit_bytes))
+            allowed = (
+                f"cannot fit: {client} ({priced.device}) needs {needs} for {priced.depth} blocks, and may "
+                f"take {has}; adapt fewer blocks, lower training.batch_size, or set fleet.ignore_memory"
+            )
+            raise InputError("allocation.kind", fed.allocation.kind, allowed)
+
+
+def _clock(config: Config, model: BaseModel, environments: Mapping[str, ClientEnv]) -> Clock | None:
+    """The clock of the simulated devices, or None where none are simulated."""
+    if config.fleet is None:
+        return None
+    texts = {client: (len(env.train), int(env.train.starts[-1])) for client, env in environments.items()}
+    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0)
 
 
 def _bank(
@@ -294,6 +342,8 @@ def finish(
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "active_slots": num_slots(state.active),
     }
+    if config.fleet is not None:
+        summary |= simulated_totals(rows)
     if config.evaluation.per_client:
         summary |= _score_clients(experiment, folder, state)
     if experiment.prefix is not None:

@@ -5,8 +5,9 @@
     partition.json   sizes and label counts       summary.json    the result in one table
     state.safetensors, adapter/, report.html
 
-Measured seconds end in ``wall_s``; everything else in rounds.jsonl is the same for the same config and
-seed.
+Measured seconds end in ``wall_s``; what is simulated for a fleet of devices has columns of its own
+(``simulated_s``, ``waiting_s``, ``energy_j``, ``peak_memory_bytes``, ``late``, and the table ``simulated`` of
+a client). Everything but wall_s in rounds.jsonl is the same for the same config and seed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyrank.clock import Priced
 from polyrank.data.partition import ClientRows, label_counts
 from polyrank.data.texts import Corpus
 from polyrank.errors import InputError
@@ -171,7 +173,34 @@ def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[s
     }
     if record.budget is not None:
         row["planned_slots"] = record.budget
+    if record.simulated_s is not None:
+        row |= _simulated_round(record, record.simulated_s)
     return row | {f"test_{name}": value for name, value in (scores or {}).items()}
+
+
+def _simulated_round(record: RoundRecord, end_s: float) -> dict[str, Any]:
+    """Simulated time, mean waiting, joules of all, and the most memory of one device."""
+    priced = [reply.priced for reply in record.replies if reply.priced is not None]
+    waits = [max(0.0, end_s - one.cost.total_s) for one in priced]
+    return {
+        "simulated_s": end_s,
+        "waiting_s": sum(waits) / len(waits),
+        "energy_j": sum(one.cost.energy_j for one in priced),
+        "peak_memory_bytes": max(one.cost.memory_bytes for one in priced),
+        "over_memory": sum(not one.fits for one in priced),
+        "late": sum(one.cost.total_s > end_s for one in priced),
+    }
+
+
+def simulated_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Simulated seconds, mean waiting, joules and the most memory over all rounds."""
+    return {
+        "simulated_s": sum(row["simulated_s"] for row in rows),
+        "waiting_s": sum(row["waiting_s"] for row in rows) / len(rows),
+        "energy_j": sum(row["energy_j"] for row in rows),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+        "late": sum(row["late"] for row in rows),
+    }
 
 
 def slot_row(record: RoundRecord) -> dict[str, Any]:
@@ -194,8 +223,30 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
             "error": reply.error,
             "wall_s": reply.wall_s,
         }
+        | ({} if reply.priced is None else {"simulated": simulated_row(reply.priced, record.simulated_s)})
         for reply in record.replies
     ]
+
+
+def simulated_row(priced: Priced, end_s: float | None) -> dict[str, Any]:
+    """What a client's session cost on its simulated device."""
+    spent = priced.cost
+    return {
+        "device": priced.device,
+        "mode": priced.mode,
+        "depth": priced.depth,
+        "ranks": list(priced.ranks),
+        "stored_blocks": priced.stored,
+        "down_s": spent.down_s,
+        "compute_s": spent.compute_s,
+        "up_s": spent.up_s,
+        "total_s": spent.total_s,
+        "waiting_s": None if end_s is None else max(0.0, end_s - spent.total_s),
+        "late": end_s is not None and spent.total_s > end_s,
+        "energy_j": spent.energy_j,
+        "memory_bytes": spent.memory_bytes,
+        "limit_bytes": priced.limit_bytes,
+    }
 
 
 def score_rows(scores: Sequence[ClientScores]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
@@ -55,6 +56,30 @@ class Training(Schema):
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("set local_steps or local_epochs, not both")
         return self
+
+
+def training_at(training: Training, round_: int, rounds: int) -> Training:
+    """The training settings of one round: the learning rate follows its schedule over rounds.
+
+    After ``warmup_rounds`` of linear rise, ``linear`` and ``cosine`` fall from the peak toward
+    zero, which they would reach one round after the last.
+    """
+    warm = training.warmup_rounds
+    if round_ < warm:
+        factor = (round_ + 1) / (warm + 1)
+    else:
+        progress = (round_ - warm) / max(1, rounds - warm)
+        factor = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        }[training.schedule]
+    changes: dict[str, object] = {"learning_rate": training.learning_rate * factor}
+    if training.factors == "alternate":
+        changes["factors"] = "B" if round_ % 2 == 0 else "A"
+    elif round_ < training.sparse_rounds:
+        changes["factors"] = "B"
+    return training.model_copy(update=changes)
 
 
 @dataclass(frozen=True, slots=True)

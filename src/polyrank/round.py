@@ -9,7 +9,6 @@ A round does no input or output of its own: the engine carries bytes, and the ca
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -30,7 +29,8 @@ from polyrank.adapter import (
 from polyrank.aggregation import Aggregated, Aggregation
 from polyrank.aggregation.error import aggregation_error
 from polyrank.aggregation.product import rebalanced
-from polyrank.allocation import Allocation, LossBased
+from polyrank.allocation import Allocation, Legend, LossBased
+from polyrank.clock import Clock, Priced
 from polyrank.engine.base import Answer, Engine
 from polyrank.errors import RunError
 from polyrank.messages import (
@@ -42,6 +42,7 @@ from polyrank.messages import (
     Folds,
     Training,
     TrainTask,
+    training_at,
 )
 from polyrank.received import Received, Updates
 from polyrank.sampling import Sampling
@@ -68,6 +69,7 @@ class Federation:
         untrained: whether a client also holds, frozen, the active slots that it does not train.
         voting: how clients and server shrink the set of active slots; None keeps all.
         validate: loss of one client's model on texts the server keeps, for loss-based allocation.
+        clock: what every session would take on the client's device; None simulates no devices.
     """
 
     engine: Engine
@@ -79,6 +81,7 @@ class Federation:
     untrained: Untrained = "absent"
     voting: Voting | None = None
     validate: Callable[[ServerState, ClientUpdate], float] | None = None
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,8 @@ class Reply:
 
     Args:
         learned: None where there is no usable update; then ``error`` says why.
-        counts: whether its update is aggregated; False when it trained only to be scored.
+        counts: whether its update is aggregated; False when it trained only to be scored, or came late.
+        priced: what the session costs on its simulated device, where there is one.
     """
 
     client: ClientId
@@ -108,6 +112,7 @@ class Reply:
     learned: Learned | None
     error: str | None
     counts: bool = True
+    priced: Priced | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,7 @@ class RoundRecord:
     Args:
         active: slots of each module that were in use when the round began.
         budget: slots that voting may keep once it is over; None without voting.
+        simulated_s: when the server went on, on simulated devices.
     """
 
     round: int
@@ -125,6 +131,7 @@ class RoundRecord:
     replies: Sequence[Reply] = field(default_factory=tuple)
     active: Mapping[ModuleName, int] = field(default_factory=dict)
     budget: int | None = None
+    simulated_s: float | None = None
 
     @property
     def learned(self) -> list[Learned]:
@@ -161,7 +168,8 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
     received = Received(lambda client: make_task(fed, state, plan[client], client, drawn))
     with contextlib.closing(received):
         replies = collect(fed.engine, asked, received)
-        replies = [replace(reply, counts=reply.client in set(cohort)) for reply in replies]
+        replies, simulated_s = timed(fed, state, replies, received)
+        replies = [replace(reply, counts=reply.counts and reply.client in set(cohort)) for reply in replies]
         usable = [reply.client for reply in replies if reply.learned is not None and reply.counts]
         if not usable:
             reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
@@ -171,7 +179,8 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
         after = advance(fed, state, merged, replies, received)
     active = {name: int(held.sum()) for name, held in state.active.items()}
     budget = None if fed.voting is None else fed.voting.budget(state.adapter, state.round, fed.rounds)
-    return after, RoundRecord(state.round, training.learning_rate, error, replies, active, budget)
+    rate = training.learning_rate
+    return after, RoundRecord(state.round, rate, error, replies, active, budget, simulated_s)
 
 
 def merge(
@@ -278,6 +287,29 @@ def _silent(task: TrainTask, bytes_down: int) -> Reply:
     return Reply(task.client, num_slots(task.mask), bytes_down, 0, 0.0, None, "no answer")
 
 
+def timed(
+    fed: Federation, state: ServerState, replies: Sequence[Reply], received: Received
+) -> tuple[list[Reply], float | None]:
+    """The replies with what they cost on simulated devices, and when the server went on without the late."""
+    if fed.clock is None:
+        return list(replies), None
+    priced = []
+    for reply in replies:
+        known = state.clients.get(reply.client, ClientRecord())
+        task = received.task(reply.client)
+        priced.append(fed.clock.price(task, known, reply.bytes_down, reply.bytes_up))
+    end = fed.clock.end_of(priced)
+    return [
+        replace(
+            reply,
+            priced=one,
+            counts=one.cost.total_s <= end,
+            error=reply.error or (None if one.cost.total_s <= end else "late"),
+        )
+        for reply, one in zip(replies, priced, strict=True)
+    ], end
+
+
 def advance(
     fed: Federation, state: ServerState, merged: Aggregated, replies: Sequence[Reply], received: Received
 ) -> ServerState:
@@ -291,7 +323,8 @@ def advance(
             continue
         kept = max((int(held.sum()) for held in reply.learned.mask.values()), default=0)
         pruned = num_slots(reply.learned.mask) < reply.slots
-        clients[reply.client] = ClientRecord(
+        clients[reply.client] = replace(
+            _observed(fed, known, reply),
             folds=len(state.folds),
             rank_limit=kept if pruned else known.rank_limit,
             loss=_score(fed, state, received, reply, known.loss),
@@ -308,6 +341,17 @@ def advance(
         clients=clients,
         folds=folds,
     )
+
+
+def _observed(fed: Federation, known: ClientRecord, reply: Reply) -> ClientRecord:
+    """What a session's simulated seconds tell of the device, and what it stored."""
+    if reply.priced is None:
+        return known
+    capacity, spent = known.capacity, reply.priced.cost
+    if isinstance(fed.allocation, Legend) and capacity is not None:
+        compute_s, link_s = spent.forward_s + spent.backward_s, spent.down_s + spent.up_s
+        capacity = fed.allocation.learn(capacity, reply.priced.depth, reply.slots, compute_s, link_s)
+    return replace(known, capacity=capacity, stored=reply.priced.stored or known.stored)
 
 
 def _vote(
@@ -336,30 +380,6 @@ def _score(
         return reply.learned.metrics["loss"]
     assert fed.validate is not None, "server-side scores need texts the server keeps"
     return fed.validate(state, received.read(reply.client))
-
-
-def training_at(training: Training, round_: int, rounds: int) -> Training:
-    """The training settings of one round: the learning rate follows its schedule over rounds.
-
-    After ``warmup_rounds`` of linear rise, ``linear`` and ``cosine`` fall from the peak toward
-    zero, which they would reach one round after the last.
-    """
-    warm = training.warmup_rounds
-    if round_ < warm:
-        factor = (round_ + 1) / (warm + 1)
-    else:
-        progress = (round_ - warm) / max(1, rounds - warm)
-        factor = {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        }[training.schedule]
-    changes: dict[str, object] = {"learning_rate": training.learning_rate * factor}
-    if training.factors == "alternate":
-        changes["factors"] = "B" if round_ % 2 == 0 else "A"
-    elif round_ < training.sparse_rounds:
-        changes["factors"] = "B"
-    return training.model_copy(update=changes)
 
 
 def evaluate_clients(fed: Federation, state: ServerState, batch_size: int) -> ClientEvaluation:

@@ -12,6 +12,27 @@ from polyrank.messages import ClientId
 
 
 @dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the server expects of one device: seconds of a session that adapts so many blocks and slots.
+
+        seconds(k) = compute_fixed_s + k block_s + link_fixed_s + slots slot_s
+
+    Args:
+        max_depth: blocks with all their slots that its memory has room for.
+    """
+
+    compute_fixed_s: float
+    block_s: float
+    link_fixed_s: float
+    slot_s: float
+    max_depth: int
+
+    def seconds(self, depth: int, slots: int) -> float:
+        """Predicted seconds of one round."""
+        return self.compute_fixed_s + depth * self.block_s + self.link_fixed_s + slots * self.slot_s
+
+
+@dataclass(frozen=True, slots=True)
 class ClientRecord:
     """What the server remembers about one client.
 
@@ -19,11 +40,17 @@ class ClientRecord:
         folds: how many folds it has received.
         rank_limit: slots per module it gave up to (HetLoRA's self-pruning); None means no limit.
         loss: its last score, for loss-based allocation; None before the first.
+        device: what kind of device it is, where a fleet is simulated.
+        capacity: how fast it is and how much it holds, as far as the server knows.
+        stored: blocks whose output it keeps for its texts; None before its first session.
     """
 
     folds: int = 0
     rank_limit: int | None = None
     loss: float | None = None
+    device: str | None = None
+    capacity: Capacity | None = None
+    stored: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,20 +16,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each module may import from its own layer and the layers before it.
 LAYERS = [
     ["errors", "schema", "seed"],
-    ["adapter", "recipes"],
+    ["adapter", "recipes", "device"],
     ["importance"],
     ["messages"],
     ["state", "data", "models", "fused"],
-    ["wire", "sampling", "voting", "allocation", "aggregation", "lowrank"],
-    ["evaluation"],
+    ["wire", "sampling", "voting", "allocation", "aggregation", "lowrank", "cost"],
+    ["evaluation", "clock"],
     ["session", "received"],
     ["client"],
     ["engine"],
     ["round"],
     ["config", "ledger", "checkpoint"],
-    ["export", "report", "doctor", "progress"],
+    ["export", "report", "doctor", "progress", "calibrate"],
     ["experiment"],
-    ["compare"],
+    ["compare", "plan", "replay"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -54,7 +54,7 @@ def test_tiers_by_name_and_the_rest_hold_everything():
     [
         (
             "allocation={kind='tiers', tiers=[{rank=2}]}",
-            "allocation.tiers.0 = .*: a tier needs either",
+            "allocation.tiers.0 = .*: a tier needs share, clients or device",
         ),
         ("allocation={kind='tiers', tiers=[]}", "allocation.tiers = .*at least 1 item"),
         (

@@ -1,4 +1,4 @@
-"""The cost model counts what the client does: FLOP as torch counts them, activations as autograd keeps them."""
+"""The cost model counts what the client does: FLOP as torch does, activations as autograd keeps them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_stored_prefix_leaves_out_its_blocks_and_is_paid_for_once():
 
 def test_frozen_slots_cost_time_but_no_optimiser():
     _, _, work = tiny_workload(2)
-    trained = {name: 2 for name in work.ranks}
+    trained = dict.fromkeys(work.ranks, 2)
     half = replace(work, ranks=trained, frozen=dict.fromkeys(trained, 1))
     assert forward(half).flop == forward(work).flop
     assert backward(replace(work, ranks=trained)).flop < backward(half).flop < backward(work).flop

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from polyrank.allocation.legend import Legend
 from polyrank.allocation.loss_based import LossBased
 from polyrank.allocation.progressive_depth import ProgressiveDepth
 from polyrank.allocation.random_slots import RandomSlotChoice
@@ -21,7 +22,7 @@ from polyrank.allocation.tiers import Tiers
 from polyrank.allocation.uniform import Uniform
 
 Allocation = Annotated[
-    Uniform | Tiers | LossBased | RandomSlotChoice | ProgressiveDepth, Field(discriminator="kind")
+    Uniform | Tiers | LossBased | RandomSlotChoice | ProgressiveDepth | Legend, Field(discriminator="kind")
 ]
 
-__all__ = ["Allocation", "LossBased", "ProgressiveDepth", "RandomSlotChoice", "Tiers", "Uniform"]
+__all__ = ["Allocation", "Legend", "LossBased", "ProgressiveDepth", "RandomSlotChoice", "Tiers", "Uniform"]

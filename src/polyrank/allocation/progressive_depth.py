@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
-from polyrank.adapter import RankMask, block_numbers
+from polyrank.adapter import RankMask, top_blocks
 from polyrank.messages import ClientId
 from polyrank.schema import Schema
 from polyrank.state import ServerState
@@ -41,11 +40,5 @@ class ProgressiveDepth(Schema):
 
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
         """The same modules for everybody."""
-        blocks = block_numbers(state.active)
         depth = self.first_depth + self.add * (state.round // self.every)
-        held = set(sorted(set(blocks.values()))[-depth:])
-        mask = {
-            name: slots if blocks[name] in held else torch.zeros_like(slots)
-            for name, slots in state.active.items()
-        }
-        return dict.fromkeys(cohort, mask)
+        return dict.fromkeys(cohort, top_blocks(state.active, depth))

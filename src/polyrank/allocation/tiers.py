@@ -2,7 +2,8 @@
 
 Source: the setting of HetLoRA (arXiv 2401.06432), FLoRA (2409.05976) and FlexLoRA (2402.11505).
 
-A tier names its clients, or the share of the population that is drawn for it at random (once per run).
+A tier names its clients, the kind of device that it takes where a fleet is simulated, or the share of the
+population that is drawn for it at random (once per run).
 Clients that no tier takes hold all R slots.
 """
 
@@ -24,16 +25,17 @@ from polyrank.voting import best_slots
 
 
 class Tier(Schema):
-    """Devices of one rank: a share of the population, or clients by name."""
+    """Devices of one rank: a share of the population, one kind of device, or clients by name."""
 
     rank: Annotated[int, Field(ge=1)]
     share: Annotated[float, Field(gt=0, le=1)] | None = None
     clients: tuple[ClientId, ...] | None = None
+    device: str | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if (self.share is None) == (self.clients is None):
-            raise ValueError("a tier needs either share or clients")
+        if sum(way is not None for way in (self.share, self.clients, self.device)) != 1:
+            raise ValueError("a tier needs share, clients or device, and one of them alone")
         return self
 
 
@@ -56,19 +58,31 @@ class Tiers(Schema):
 
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
         """Raises: InputError when a tier names a client that does not exist."""
-        ranks = self.ranks(list(state.clients), state.seed)
+        devices = {client: record.device for client, record in state.clients.items()}
+        ranks = self.ranks(list(devices), state.seed, devices)
         return {
             client: best_slots(state, ranks[client]) if client in ranks else state.active for client in cohort
         }
 
-    def ranks(self, population: Sequence[ClientId], seed: int) -> Mapping[ClientId, int]:
-        """The rank of every client that a tier takes; shares are cut from one random order."""
+    def ranks(
+        self, population: Sequence[ClientId], seed: int, devices: Mapping[ClientId, str | None]
+    ) -> Mapping[ClientId, int]:
+        """The rank of every client that a tier takes; shares are cut from one random order.
+
+        Raises: InputError when a tier names a client or a device that does not exist.
+        """
         ranks: dict[ClientId, int] = {}
         for tier in self.tiers:
             for client in tier.clients or ():
                 if client not in population:
                     raise InputError("allocation.tiers.clients", client, choices(client, population))
                 ranks[client] = tier.rank
+            if tier.device is not None:
+                there = sorted({device for device in devices.values() if device is not None})
+                if tier.device not in there:
+                    allowed = choices(tier.device, there) if there else "needs a [fleet] of devices"
+                    raise InputError("allocation.tiers.device", tier.device, allowed)
+                ranks |= {c: tier.rank for c in population if devices[c] == tier.device and c not in ranks}
         free = [client for client in population if client not in ranks]
         random.Random(seed_for(seed, "tiers")).shuffle(free)
         taken = 0.0

@@ -1,0 +1,175 @@
+"""Simulated time: what each session would have taken on the client's device, and when a round is over.
+
+Rounds are synchronous. The server waits until all of the cohort, or the share of it that it waits for, have
+answered, or until the deadline. Who comes later is dropped: the update is lost, its bytes and joules are not.
+Measured seconds (``wall_s``) never enter here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
+
+from polyrank.adapter import Adapter, block_numbers
+from polyrank.cost import WORD, Cost, Workload, cost, link_seconds, lowest_block, memory_bytes
+from polyrank.device import Roster, deal
+from polyrank.messages import ClientId, Training, TrainTask
+from polyrank.models.shape import ModelShape
+from polyrank.schema import Schema
+from polyrank.state import Capacity, ClientRecord
+
+_MESSAGE_BYTES, _MODULE_BYTES = 400, 60  # what a message takes besides its numbers (`wire.py`)
+
+
+class FleetTable(Schema):
+    """Which devices the clients are, and how long a round waits for them."""
+
+    name: str = "jetson80"
+    """A packaged fleet, or a TOML file."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Simulated seconds after which late updates are dropped."""
+    wait_for: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the cohort that the server waits for: sample more clients than needed and drop the last."""
+    ignore_memory: bool = False
+    """Run plans that do not fit into a device's memory, e.g. to show what a limit costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """One simulated session.
+
+    Args:
+        depth: blocks that hold a training slot or lie above one, counted from the output.
+        ranks: most slots that train in a module of each block, first block first.
+        stored: blocks that were taken from a stored prefix.
+        limit_bytes: memory that a session may take on this device.
+    """
+
+    device: str
+    mode: str
+    depth: int
+    ranks: Sequence[int]
+    stored: int
+    cost: Cost
+    limit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.cost.memory_bytes <= self.limit_bytes
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Prices sessions.
+
+    Args:
+        texts: how many train texts each client has, and their tokens.
+        stores: whether devices keep what enters their lowest adapted block.
+    """
+
+    roster: Roster
+    shape: ModelShape
+    texts: Mapping[ClientId, tuple[int, int]]
+    stores: bool
+    deadline_s: float | None = None
+    wait_for: float = 1.0
+
+    def price(
+        self, task: TrainTask, known: ClientRecord, bytes_down: int, bytes_up: int, steady: bool = False
+    ) -> Priced:
+        """Simulate the session that a task asks for.
+
+        Args:
+            known: what the client has stored.
+            steady: leave out what is computed once and stored.
+        """
+        ranks = {name: int(held.sum()) for name, held in task.trained.items()}
+        frozen = {name: int(held.sum()) - ranks[name] for name, held in task.mask.items()}
+        work = self._workload(task.client, task.training, ranks, frozen, (bytes_down, bytes_up))
+        if not steady and work.skipped and (known.stored != work.skipped or task.folds.adapters):
+            work = replace(work, stored_tokens=float(self.texts[task.client][1]))
+        setup = self.roster.setup(task.client, task.round)
+        depth = self.shape.blocks - min(lowest_block(work), self.shape.blocks)
+        widest = [0] * self.shape.blocks
+        for one in self.shape.maps:
+            widest[one.block] = max(widest[one.block], ranks.get(one.name, 0))
+        spent = cost(work, setup)
+        return Priced(setup.device, setup.mode, depth, widest, work.skipped, spent, setup.usable_bytes)
+
+    def register(self, client: ClientId, bank: Adapter, training: Training) -> Capacity:
+        """What a device says of itself before the first round: two probes, at one block and at all."""
+        setup = self.roster.setup(client, 0)
+        blocks = block_numbers(bank.modules)
+        order = sorted(set(blocks.values()))
+
+        def probe(depth: int) -> Workload:
+            held = set(order[len(order) - depth :])
+            ranks = {name: f.rank for name, f in bank.modules.items() if blocks[name] in held}
+            return self._workload(client, training, ranks, {}, (0, 0))
+
+        works = [probe(depth) for depth in range(1, len(order) + 1)]
+        spent = [cost(work, setup) for work in (works[0], works[-1])]
+        first, last = (one.compute_s for one in spent)
+        block_s = (last - first) / (len(works) - 1) if len(works) > 1 else 0.0
+        slots = sum(factors.rank for factors in bank.modules.values())
+        plain = WORD * self.shape.head_parameters + _MESSAGE_BYTES + _MODULE_BYTES * len(bank.modules)
+        fixed_s = sum(link_seconds(plain, plain - _MODULE_BYTES * len(bank.modules), setup))
+        size = WORD * bank.num_parameters() / slots
+        slot_s = 8 * size * (1 / setup.down_bit_per_s + 1 / setup.up_bit_per_s)
+        fits = [memory_bytes(work) <= setup.usable_bytes for work in works]
+        return Capacity(first - block_s, block_s, fixed_s, slot_s, sum(fits))
+
+    def end_of(self, priced: Sequence[Priced]) -> float:
+        """Seconds after which the server goes on with what it has."""
+        return round_end([one.cost.total_s for one in priced], self.wait_for, self.deadline_s)
+
+    def _workload(
+        self,
+        client: ClientId,
+        training: Training,
+        ranks: Mapping[str, int],
+        frozen: Mapping[str, int],
+        sizes: tuple[int, int],
+    ) -> Workload:
+        texts, tokens = self.texts[client]
+        steps, seen = session_size(texts, training)
+        held = [one.block for one in self.shape.maps if ranks.get(one.name) or frozen.get(one.name)]
+        lowest = min([*held, self.shape.head_block, self.shape.blocks - 1])
+        skipped = lowest if self.stores and self.shape.skips and not training.base_dropout else 0
+        words = 3 if training.optimizer == "adamw" else 2 if training.momentum else 1
+        share = seen * tokens / texts
+        return Workload(
+            self.shape, ranks, steps, seen, share, *sizes, frozen, skipped=skipped, optimizer_words=words
+        )
+
+
+def make_clock(
+    table: FleetTable, shape: ModelShape, texts: Mapping[ClientId, tuple[int, int]], seed: int, stores: bool
+) -> Clock:
+    """The clock of a run.
+
+    Raises: InputError when the fleet, one of its devices or a link is unknown.
+    """
+    roster = deal(table.name, list(texts), seed)
+    return Clock(roster, shape, texts, stores, table.deadline_s, table.wait_for)
+
+
+def session_size(texts: int, training: Training) -> tuple[int, int]:
+    """Local steps of a client with so many texts, and how many texts pass in them (see `session.batches`)."""
+    per_epoch = math.ceil(texts / training.batch_size)
+    if training.local_steps is None:
+        epochs = training.local_epochs or 1
+        return per_epoch * epochs, texts * epochs
+    whole, rest = divmod(training.local_steps, per_epoch)
+    return training.local_steps, whole * texts + min(rest * training.batch_size, texts)
+
+
+def round_end(totals: Sequence[float], wait_for: float = 1.0, deadline_s: float | None = None) -> float:
+    """When a synchronous round is over: the last that is waited for, or the deadline."""
+    wanted = max(1, math.ceil(wait_for * len(totals) - 1e-9))
+    end = sorted(totals)[wanted - 1]
+    return end if deadline_s is None else min(end, deadline_s)
