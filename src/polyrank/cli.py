@@ -80,6 +80,20 @@ def run(
 
 
 @app.command()
+def plan(config: ConfigArgument = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """Say, before any training, what each class of devices would do, what it costs, and why."""
+    from polyrank.config import load_config
+    from polyrank.plan import make_plan, plan_lines
+
+    content = make_plan(load_config(config, settings or []))
+    if as_json:
+        _print_json(content)
+        return
+    for line in plan_lines(content):
+        typer.echo(line)
+
+
+@app.command()
 def compare(
     names: Annotated[
         list[str],
@@ -169,6 +183,61 @@ def doctor(
         _print_json(findings)
     else:
         _print_fields({name: str(value) for name, value in findings.items()})
+
+
+devices = typer.Typer(no_args_is_help=True, help="Simulated devices: list, calibrate, price finished runs.")
+app.add_typer(devices, name="device")
+
+
+@devices.command("list")
+def list_devices(as_json: JsonOption = False) -> None:
+    """The packaged devices, links and fleets with their sources."""
+    from polyrank.device import packaged
+
+    content = packaged().model_dump(mode="json")
+    if as_json:
+        _print_json(content)
+        return
+    for kind, entries in content.items():
+        for name, entry in entries.items():
+            typer.secho(f"{kind.removesuffix('s')} {name}", bold=True)
+            _print_fields({key: str(value) for key, value in entry.items()})
+
+
+@devices.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="A new TOML file for the profile.")] = Path("this-device.toml"),
+    watts: Annotated[float, typer.Option(help="Power drawn while computing; it is not measured.")] = 65.0,
+    name: Annotated[str, typer.Option(help="Name of the device in the file.")] = "this-device",
+) -> None:
+    """Measure training steps on this machine and write a fleet file with its profile."""
+    from polyrank.calibrate import calibrate_here, profile_toml
+
+    if out.exists():
+        raise InputError("--out", str(out), "exists already; name a new file, nothing was overwritten")
+    device = calibrate_here(watts)
+    out.write_text(profile_toml(name, device), encoding="utf-8")
+    typer.echo(f"{device.source}\n{out}: use it as fleet.name, or copy its table into a fleet of yours")
+
+
+@devices.command()
+def price(
+    run_folder: RunArgument,
+    fleet: Annotated[str, typer.Option(help="A packaged fleet or a TOML file.")] = "edge3",
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a finished run would have taken on a fleet, by kind of device."""
+    from polyrank.clock import FleetTable
+    from polyrank.replay import by_device, replay
+
+    rows = replay(run_folder, FleetTable(name=fleet))
+    content = by_device(rows)
+    if as_json:
+        _print_json({"run": str(run_folder), "fleet": fleet, "devices": content, "sessions": rows})
+        return
+    for device, entry in content.items():
+        typer.secho(device, bold=True)
+        _print_fields({key: f"{value:.4g}" for key, value in entry.items()})
 
 
 def _print_json(content: object) -> None:

@@ -66,7 +66,7 @@ class Legend(Schema):
     kind: Literal["legend"] = "legend"
     rank_budget: Count | None = None
     """Sum of the ranks over the blocks; half of the bank without one."""
-    slopes: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.0, 0.5, 1.0, 2.0)
+    slopes: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     """lam, the candidates for how much a block's rank exceeds that of the block below."""
     min_depth: Count = 1
     min_holders: Count = 1

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from polyrank.ledger import RunFolder
+from polyrank.report.devices import device_figures
 from polyrank.report.figures import bars, curve, heat_map, label_histogram
 
 
@@ -18,10 +19,38 @@ def write_report(folder: RunFolder) -> None:
     """
     rows = folder.read_rows("rounds.jsonl")
     summary, partition = folder.read("summary.json"), folder.read("partition.json")
+    figures = _run_figures(rows, summary, partition)
+    slots = folder.read_rows("slots.jsonl")
+    if slots:
+        figures |= _slot_figures(rows, slots, summary["active_slots"])
+    if "simulated_s" in rows[0]:
+        figures |= device_figures(rows, folder.read_rows("clients.jsonl"))
+    client_scores = folder.read_rows("client_scores.jsonl")
+    if client_scores:
+        accuracies = sorted(row["accuracy"] for row in client_scores)
+        places = list(range(1, len(accuracies) + 1))
+        name = "Accuracy on each client's own texts, from the least"
+        figures[name] = bars("client", places, {"accuracy": accuracies})
+    page = template("report.html.j2").render(
+        summary=summary,
+        headline=_headline(summary),
+        figures=figures,
+        config=dotted(folder.read("config.json")),
+        versions=dotted(folder.read("versions.json")),
+        num_clients=len(partition["clients"]),
+        died=dead_modules(slots),
+    )
+    (folder.path / "report.html").write_text(page, encoding="utf-8")
+
+
+def _run_figures(
+    rows: list[dict[str, Any]], summary: dict[str, Any], partition: dict[str, Any]
+) -> dict[str, Any]:
+    """What every run has: scores, loss, traffic, labels."""
     scored = [row for row in rows if "test_accuracy" in row]
     rounds = [row["round"] + 1 for row in rows]
     scored_rounds = [row["round"] + 1 for row in scored]
-    figures = {
+    return {
         "Test accuracy and macro-F1": curve(
             "round",
             {
@@ -51,25 +80,6 @@ def write_report(folder: RunFolder) -> None:
             [client["label_counts"] for client in partition["clients"]],
         ),
     }
-    slots = folder.read_rows("slots.jsonl")
-    if slots:
-        figures |= _slot_figures(rows, slots, summary["active_slots"])
-    client_scores = folder.read_rows("client_scores.jsonl")
-    if client_scores:
-        accuracies = sorted(row["accuracy"] for row in client_scores)
-        places = list(range(1, len(accuracies) + 1))
-        name = "Accuracy on each client's own texts, from the least"
-        figures[name] = bars("client", places, {"accuracy": accuracies})
-    page = template("report.html.j2").render(
-        summary=summary,
-        headline=_headline(summary),
-        figures=figures,
-        config=dotted(folder.read("config.json")),
-        versions=dotted(folder.read("versions.json")),
-        num_clients=len(partition["clients"]),
-        died=dead_modules(slots),
-    )
-    (folder.path / "report.html").write_text(page, encoding="utf-8")
 
 
 def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last: int) -> dict[str, Any]:
@@ -120,7 +130,14 @@ def _headline(summary: dict[str, Any]) -> dict[str, str]:
         "rounds": str(summary["rounds"]),
         "traffic": f"{megabytes:.1f} MB",
         "wall time": f"{summary['wall_s']:.0f} s",
-    }
+    } | (
+        {}
+        if "simulated_s" not in summary
+        else {
+            "simulated time": f"{summary['simulated_s'] / 3600:.2f} h",
+            "simulated energy": f"{summary['energy_j'] / 1e3:.2f} kJ",
+        }
+    )
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

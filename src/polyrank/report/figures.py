@@ -43,15 +43,22 @@ _STYLE: Any = {
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-def curve(x_label: str, lines: Mapping[str, Line], level: tuple[str, float] | None = None) -> Markup:
-    """Lines by name, each (x, y); ``level`` is a dashed horizontal line with its name."""
+def curve(
+    x_label: str, lines: Mapping[str, Line], level: tuple[str, float] | None = None, whole: bool = True
+) -> Markup:
+    """Lines by name, each (x, y); ``level`` is a dashed horizontal line with its name.
+
+    Args:
+        whole: whether x counts something, such as rounds.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(x_label)
         for (name, (x, y)), colour in zip(lines.items(), SERIES, strict=False):
             axes.plot(x, y, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.8)
         if level is not None:
             axes.axhline(level[1], color=INK, linestyle="--", linewidth=1, label=level[0])
-        _integer_ticks(axes, max((max(x, default=1) for x, _ in lines.values()), default=1))
+        if whole:
+            _integer_ticks(axes, max((max(x, default=1) for x, _ in lines.values()), default=1))
         return _svg(figure, axes)
 
 
@@ -90,6 +97,22 @@ def label_histogram(
         axes.invert_yaxis()
         left_out = f" (the first {len(shown)} of {len(clients)} clients)" if len(shown) < len(clients) else ""
         axes.set_xlabel(f"train texts{left_out}")
+        axes.margins(y=0.01)
+        return _svg(figure, axes)
+
+
+def spans(x_label: str, names: Sequence[str], stacks: Mapping[str, Sequence[float]]) -> Markup:
+    """A horizontal bar per name, one part of it per stack, one after the other."""
+    with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(6.4, 1.4 + 0.2 * len(names)))
+        axes = figure.add_subplot()
+        rows, left = range(len(names)), [0.0] * len(names)
+        for (stack, widths), colour in zip(stacks.items(), SERIES, strict=False):
+            axes.barh(rows, widths, left=left, color=colour, label=stack, height=0.75)
+            left = [low + width for low, width in zip(left, widths, strict=True)]
+        axes.set_yticks(rows, [name[:40] for name in names], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(x_label)
         axes.margins(y=0.01)
         return _svg(figure, axes)
 

@@ -1,0 +1,92 @@
+"""The real MiniLM on simulated devices: the plan before, the run, its report, and pricing it afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+import polyrank
+from polyrank.cli import main
+from polyrank.clock import FleetTable
+from polyrank.config import load_config
+from polyrank.errors import InputError
+from polyrank.ledger import RunFolder
+from polyrank.plan import make_plan, plan_lines
+from polyrank.replay import by_device, replay
+
+SMALL = """
+fleet = { members = [{ device = "toaster", link = "lan" }] }
+[devices.toaster]
+title = "Toaster"
+source = "its label"
+peak_gflop_per_s = 2
+achieved_share = 0.5
+bandwidth_gb_per_s = 1
+launch_s = 0
+memory_gb = 0.05
+usable_share = 1.0
+modes = [{ name = "brown", speed = 1.0, compute_w = 800 }]
+"""
+
+
+def settings(tiny, method, fleet="edge3", **more):
+    extra = [f"{key}={value}" for key, value in more.items()]
+    return [*tiny, f"method={method}", f"fleet.name={fleet}", "engine.workers=1", *extra]
+
+
+def test_a_finished_run_is_priced_as_it_was(tiny_settings, tmp_path):
+    given = [*settings(tiny_settings, "fedara", rounds=3), "voting.target_rank=1"]
+    result = polyrank.run(load_config(None, given), tmp_path / "run")
+    rows = RunFolder(result.path).read_rows("clients.jsonl")
+    again = replay(result.path, FleetTable(name="edge3"))
+    assert [row["simulated"] for row in again] == [row["simulated"] for row in rows]
+    assert len({tuple(row["simulated"]["ranks"]) for row in rows}) > 1  # slots were voted out
+    energy = sum(entry["energy_j"] for entry in by_device(again).values())
+    assert energy == pytest.approx(result.summary["energy_j"])
+    other = replay(result.path, FleetTable(name="uniform"))
+    assert {row["simulated"]["device"] for row in other} == {"jetson-orin-nano"}
+    page = (result.path / "report.html").read_text()
+    for title in ("who waits for whom", "over simulated hours", "over simulated energy", "Depth by kind"):
+        assert title in page
+
+
+def test_the_combination_runs_and_its_plan_is_told(tiny_settings, tmp_path):
+    config = load_config(None, settings(tiny_settings, "legend+fedara", rounds=2))
+    plan = make_plan(config)
+    assert sum(row["count"] for row in plan["classes"].values()) == plan["clients"] == 4
+    assert plan["round"]["bytes"] < plan["round_if_uniform"]["bytes"]
+    assert plan["round"]["simulated_s"] <= plan["round_if_uniform"]["simulated_s"]
+    for row in plan["classes"].values():
+        assert row["memory_bytes"] <= row["limit_bytes"]
+        assert sum(row["why"].values()) == row["count"]
+        assert all(ranks == sorted(ranks) for ranks in row["ranks"])
+    assert any("all blocks are done in time" in line for line in plan_lines(plan))
+    json.dumps(plan, allow_nan=False)
+    result = polyrank.run(config, tmp_path / "run")
+    first = RunFolder(result.path).read_rows("rounds.jsonl")[0]
+    ranks = [row["simulated"]["ranks"] for row in RunFolder(result.path).read_rows("clients.jsonl")]
+    assert first["active_slots"] < 36 * 4  # the schedule is the bank that voting starts from
+    assert all(row == sorted(row) for row in ranks)
+    with pytest.raises(InputError, match=r"RUN = .*'legend' depends on more than its rows tell"):
+        replay(result.path, FleetTable(name="edge3"))
+
+
+def test_a_plan_that_does_not_fit_is_refused_in_one_line(tiny_settings, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    words = [w for one in settings(tiny_settings, "fedit", str(path)) for w in ("--set", one)]
+    monkeypatch.setattr(sys, "argv", ["polyrank", "plan", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    told = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(told) == 1
+    assert re.search(r"client-0 \(toaster\) needs 0\.\d+ GB for 6 blocks, and may take 0\.05 GB", told[0])
+
+
+def test_a_plan_needs_a_fleet():
+    with pytest.raises(InputError, match="fleet = None: must be given for a plan"):
+        make_plan(load_config(None, []))

@@ -1,0 +1,39 @@
+"""Calibration: a machine's rates are found again from its steps, and a profile survives its file."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from polyrank.calibrate import CALIBRATION, Step, demand_of, fit, measure, profile_toml, workload_of
+from polyrank.cost import Demand
+from polyrank.device import find_fleet, packaged
+from polyrank.models.shape import shape_of
+
+
+def test_the_rates_of_a_machine_are_found_from_its_steps(minilm):
+    shape = dataclasses.replace(shape_of(minilm), skips=True)
+    demands = [demand_of(workload_of(minilm, shape, step)) for step in CALIBRATION]
+    true = [d.flop / 1e11 + d.moved_bytes / 2e10 + d.operations * 2e-5 for d in demands]
+    assert fit(demands, true) == pytest.approx((1e11, 2e10, 2e-5))
+    noise = 1 + 0.03 * np.random.default_rng(0).standard_normal(len(true))
+    flop_per_s, bytes_per_s, launch_s = fit(demands, true * noise)
+    for demand, seconds in zip(demands, true, strict=True):
+        told = demand.flop / flop_per_s + demand.moved_bytes / bytes_per_s + demand.operations * launch_s
+        assert told == pytest.approx(seconds, rel=0.05)
+    with pytest.raises(ValueError, match="do not depend"):
+        fit([Demand(1.0, 1.0, n) for n in (1.0, 2.0)], [1.0, 2.0])
+
+
+def test_more_depth_takes_longer_on_this_machine(minilm):
+    assert measure(minilm, Step(1, 2, 2, 16), steps=2) < measure(minilm, Step(6, 2, 2, 16), steps=2)
+
+
+def test_a_profile_survives_its_file(tmp_path):
+    device = packaged().devices["jetson-tx2"]
+    (tmp_path / "fleet.toml").write_text(profile_toml("mine", device))
+    known, fleet = find_fleet(str(tmp_path / "fleet.toml"))
+    assert known.devices["mine"] == device
+    assert fleet.members[0].device == "mine"
