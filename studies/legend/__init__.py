@@ -1,0 +1,1 @@
+"""LEGEND and its baselines on a simulated fleet."""
