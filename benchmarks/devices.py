@@ -46,17 +46,20 @@ class Living(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
+        inputs = {tensor.untyped_storage()._cdata for tensor in dense((args, kwargs))}
         found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:
-                storage = tensor.untyped_storage()
+        for storage in (tensor.untyped_storage() for tensor in dense(found)):
+            if storage._cdata not in inputs:
                 self.known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.known.values()))
         return found
+
+
+def dense(values: Any) -> list[torch.Tensor]:
+    """The tensors with a storage of their own: weights that oneDNN packed have none."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
 def main() -> None:
@@ -67,19 +70,19 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_base("minilm", ["no", "yes"], 0, torch.device("cpu"))
     model = replace(model, skips=can_skip(model))
+    kinds = list(dict.fromkeys([*CALIBRATION, *GRID, *STORED]))
+    memory = {step: None if step.stored else memory_of(model, step) for step in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        rows = measured(model, PrefixCache(Path(folder), 10**9), given.passes)
-    for row in rows:
-        row["memory"] = memory_of(model, Step(**row["step"])) if not row["step"]["stored"] else None
+        least = measured(model, PrefixCache(Path(folder), 10**9), kinds, given.passes)
+    rows = [{"step": asdict(step), "measured_s": least[step], "memory": memory[step]} for step in kinds]
     content = table(model, rows)
     if given.out is not None:
         facts = {"date": str(datetime.date.today()), "versions": versions(), "machine": machine()}
         given.out.write_text(json.dumps({**facts, **content}, indent=2) + "\n")
 
 
-def measured(model: BaseModel, cache: PrefixCache, passes: int) -> list[dict[str, Any]]:
+def measured(model: BaseModel, cache: PrefixCache, kinds: list[Step], passes: int) -> dict[Step, float]:
     """The least seconds of a step of every kind."""
-    kinds = list(dict.fromkeys([*CALIBRATION, *GRID, *STORED]))
     sessions = {step: session_of(model, step, cache, STEPS) for step in kinds}
     for session in sessions.values():
         train(*session)
@@ -87,7 +90,7 @@ def measured(model: BaseModel, cache: PrefixCache, passes: int) -> list[dict[str
     for _ in range(passes):
         for step, session in sessions.items():
             least[step] = min(least[step], seconds(*session) / STEPS)
-    return [{"step": asdict(step), "measured_s": least[step]} for step in kinds]
+    return least
 
 
 def memory_of(model: BaseModel, step: Step) -> int:

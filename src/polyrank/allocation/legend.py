@@ -149,7 +149,7 @@ class Legend(Schema):
         waiting = slowest - float(np.mean(option.seconds))
         full = len(option.ranks)
         least = int((depth == full).sum())  # the first block has the fewest holders
-        trained = float(held[depth - 1].mean())
+        trained = max(1.0, float(held[depth - 1].mean()))
         breaks = waiting > self.max_waiting * slowest or least < self.min_holders
         return breaks, float(f"{slowest * trained**-self.rounds_power:.9g}"), -trained
 
