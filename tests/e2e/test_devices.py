@@ -38,12 +38,13 @@ def settings(tiny, method, fleet="edge3", **more):
 
 
 def test_a_finished_run_is_priced_as_it_was(tiny_settings, tmp_path):
-    given = [*settings(tiny_settings, "fedara", rounds=3), "voting.target_rank=1"]
+    given = [*settings(tiny_settings, "fedara", rounds=3), "voting.target_rank=1", "allocation.depth=3"]
     result = polyrank.run(load_config(None, given), tmp_path / "run")
     rows = RunFolder(result.path).read_rows("clients.jsonl")
     again = replay(result.path, FleetTable(name="edge3"))
     assert [row["simulated"] for row in again] == [row["simulated"] for row in rows]
     assert len({tuple(row["simulated"]["ranks"]) for row in rows}) > 1  # slots were voted out
+    assert {row["simulated"]["stored_blocks"] for row in rows} == {3}
     energy = sum(entry["energy_j"] for entry in by_device(again).values())
     assert energy == pytest.approx(result.summary["energy_j"])
     other = replay(result.path, FleetTable(name="uniform"))

@@ -136,6 +136,19 @@ def test_a_slow_device_goes_less_deep_and_the_reason_is_told():
     assert choice.bound == ["nothing", "deadline", "memory"]
 
 
+def test_waiting_is_limited_by_hand():
+    """Depth 1 of the slow device waits 0.5 of 2 s, depth 4 waits 2 of 5 s and trains more."""
+    fleet = [Capacity(1, 1, 0, 0, 4), Capacity(1, 0, 0, 0, 4)]
+    free = Legend(slopes=(0.0,), rounds_power=3.0, max_waiting=1.0)
+    assert free.choose(state(fleet)).depth == [4, 4]
+    assert free.choose(state(fleet)).seconds == [5, 1]
+    held = free.model_copy(update={"max_waiting": 0.3}).choose(state(fleet))
+    assert (held.depth, held.seconds, held.deadline_s) == ([1, 4], [2, 1], 2)
+    shallow = [Capacity(1, 1, 0, 0, 4), Capacity(1, 1, 0, 0, 4)]
+    few = Legend(slopes=(0.0,), rounds_power=0.0, min_holders=2).choose(state(shallow))
+    assert few.depth == [4, 4]  # the least time would be depth 1, but somebody must hold the first block
+
+
 def test_after_a_vote_the_active_slots_are_the_ranks():
     fleet = [Capacity(1, 1, 0.1, 0.001, 4), Capacity(1, 1, 0.1, 0.001, 1)]
     shares = {name: torch.ones(RANK, dtype=torch.float64) for name in BANK.modules}
