@@ -90,6 +90,17 @@ def test_the_choice_is_the_best_of_all_that_keep_to_the_limits(fleet, policy):
                 assert too_long or sum(d == BLOCKS for d in other.depth) < policy.min_holders
 
 
+@given(fleets, policies, st.floats(0.1, 200))
+def test_a_deadline_of_the_users_own_is_kept_where_it_can_be(fleet, policy, deadline):
+    free = policy.choose(state(fleet))
+    bound = policy.model_copy(update={"deadline_s": deadline}).choose(state(fleet))
+    options = [o for r, held in policy._schedules(state(fleet)) for o in options_of(r, held, fleet, 1)]
+    least = min(option.deadline_s for option in options)
+    assert max(bound.seconds) <= max(deadline, least)
+    if max(option.deadline_s for option in options) <= deadline:
+        assert bound == free
+
+
 @given(capacities, policies, st.integers(2, 5))
 def test_equal_devices_get_equal_plans(one, policy, count):
     now = state([one] * count)

@@ -72,6 +72,8 @@ class Legend(Schema):
     min_holders: Count = 1
     max_waiting: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Most mean waiting, as a share of the slowest device's time."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Most predicted seconds of a round, where the least depth of all devices allows it."""
     rounds_power: Annotated[float, Field(ge=0)] = 0.5
     rho: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """How much of an old estimate one round keeps."""
@@ -103,6 +105,9 @@ class Legend(Schema):
             for ranks, held in self._schedules(state)
             for option in options_of(ranks, held, capacities, self.min_depth)
         ]
+        if self.deadline_s is not None:
+            in_time = [pair for pair in options if pair[1].deadline_s <= self.deadline_s]
+            options = in_time or [min(options, key=lambda pair: pair[1].deadline_s)]
         return min(options, key=lambda pair: pair[0])[1]
 
     def opening(self, state: ServerState) -> RankMask:
