@@ -107,6 +107,8 @@ class Config(Schema):
     """Clients vote on which slots stay (FedARA); nothing: all slots stay active."""
     evaluation: Evaluation = Evaluation()
     engine: Embedded = Embedded()
+    keep_last: Count = 2
+    """Checkpoints that stay until the run is finished; a damaged one is passed over for the one before."""
 
     @model_validator(mode="before")
     @classmethod

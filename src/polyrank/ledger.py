@@ -4,6 +4,7 @@
     versions.json    python, packages, commit     clients.jsonl   one row per client and round
     partition.json   sizes and label counts       summary.json    the result in one table
     state.safetensors, adapter/, report.html
+    until it is finished: checkpoints/ (commit.py) and journal/ (received.py)
 
 Measured seconds end in ``wall_s``; everything else in rounds.jsonl is the same for the same config and
 seed.
@@ -20,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyrank import durable
 from polyrank.data.partition import ClientRows, label_counts
 from polyrank.data.texts import Corpus
 from polyrank.errors import InputError
 from polyrank.messages import ClientScores
 from polyrank.round import RoundRecord
 
+LEDGERS = ("rounds.jsonl", "clients.jsonl", "slots.jsonl")
+"""The files that grow by some rows every round."""
 _TRACKED = (
     "polyrank",
     "torch",
@@ -42,19 +46,37 @@ _TRACKED = (
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """An existing folder that belongs to one run."""
+    """An existing folder that belongs to one run.
+
+    Args:
+        lock: the right to write it, where this process has it.
+    """
 
     path: Path
+    lock: durable.Lock | None = None
 
     def write(self, name: str, content: Any) -> None:
-        """A JSON file, readable by people."""
+        """A JSON file, readable by people; the old one or the new one, never a part.
+
+        Raises: RunError when the disk does not take it.
+        """
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        (self.path / name).write_text(text + "\n", encoding="utf-8")
+        with durable.disk_errors(self.path / name):
+            durable.replace(self.path / name, f"{text}\n".encode())
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One JSON row per line."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        """One JSON row per line.
+
+        Raises: RunError when the disk does not take them.
+        """
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        with durable.disk_errors(self.path / name):
+            durable.append(self.path / name, text.encode())
+
+    def release(self) -> None:
+        """Let others write it."""
+        if self.lock is not None:
+            self.lock.release()
 
     def read(self, name: str) -> Any:
         """Raises: InputError when the file is not there or is not JSON."""
@@ -89,7 +111,7 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
             out.mkdir(parents=True)
         except OSError as error:
             raise InputError("--out", str(out), f"cannot be made ({error.strerror})") from error
-        return RunFolder(out)
+        return RunFolder(out, durable.lock(out))
     number = 1
     while True:
         path = Path("runs") / f"{stem}-{number}"
@@ -98,7 +120,7 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
         except FileExistsError:
             number += 1
         else:
-            return RunFolder(path)
+            return RunFolder(path, durable.lock(path))
 
 
 def versions() -> dict[str, Any]:

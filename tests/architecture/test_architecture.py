@@ -16,6 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each module may import from its own layer and the layers before it.
 LAYERS = [
     ["errors", "schema", "seed"],
+    ["durable"],
     ["adapter", "recipes"],
     ["importance"],
     ["messages"],
@@ -27,8 +28,10 @@ LAYERS = [
     ["engine"],
     ["round"],
     ["config", "ledger", "checkpoint"],
+    ["commit"],
     ["export", "report", "doctor", "progress"],
     ["experiment"],
+    ["restart"],
     ["compare"],
     ["cli"],
 ]

@@ -7,8 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from polyrank.durable import replace
 from polyrank.ledger import RunFolder
 from polyrank.report.figures import bars, curve, heat_map, label_histogram
+
+REPORT = "report.html"
 
 
 def write_report(folder: RunFolder) -> None:
@@ -69,7 +72,7 @@ def write_report(folder: RunFolder) -> None:
         num_clients=len(partition["clients"]),
         died=dead_modules(slots),
     )
-    (folder.path / "report.html").write_text(page, encoding="utf-8")
+    replace(folder.path / REPORT, page.encode())
 
 
 def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last: int) -> dict[str, Any]:
