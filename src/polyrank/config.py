@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from polyrank.adapter import Form
 from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg, Stacking
 from polyrank.allocation import Allocation, Uniform
+from polyrank.collect import Failures
 from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
 from polyrank.errors import InputError, choices
@@ -107,6 +108,7 @@ class Config(Schema):
     """Clients vote on which slots stay (FedARA); nothing: all slots stay active."""
     evaluation: Evaluation = Evaluation()
     engine: Embedded = Embedded()
+    failures: Failures = Failures()
     keep_last: Count = 2
     """Checkpoints that stay until the run is finished; a damaged one is passed over for the one before."""
 

@@ -23,6 +23,7 @@ from polyrank.aggregation import Stacking
 from polyrank.allocation import LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import catch_up
+from polyrank.collect import Failures
 from polyrank.commit import CHECKPOINTS, Manifest, commit, first_manifest
 from polyrank.config import Config
 from polyrank.data.partition import ClientRows, Natural, share_out
@@ -30,6 +31,7 @@ from polyrank.data.source import load_corpus
 from polyrank.data.texts import Corpus, Texts, corpus_digest
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.base import Engine
+from polyrank.engine.dropout import Dropout
 from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import InputError, RunError
@@ -143,6 +145,7 @@ def prepare(config: Config) -> Experiment:
     }
     federation = Federation(
         engine=_engine(config, environments, device),
+        failures=config.failures,
         sampling=config.sampling,
         allocation=config.allocation,
         aggregation=config.aggregation,
@@ -175,6 +178,9 @@ def _bank(
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
     """One process, or several where the machine can fork and the CPU does the work."""
+    if config.failures.dropout > 0:
+        steady = config.model_copy(update={"failures": Failures()})
+        return Dropout(_engine(steady, environments, device), config.failures.dropout, config.seed)
     wanted, fuse = config.engine.workers or (os.cpu_count() or 1), _fuse(config, environments, device)
     if config.engine.threads > 1:  # a fork of a process that already ran several threads would hang
         wanted = 1
@@ -265,7 +271,8 @@ def conduct(
         if manifest is None:
             manifest = commit(folder, state, first_manifest(experiment.inputs()), 0.0, config.keep_last)
         for round_ in range(state.round, config.rounds):
-            state, record = federated_round(experiment.federation, state)
+            journal = folder.path / JOURNAL / f"{round_:05d}"
+            state, record = federated_round(experiment.federation, state, journal)
             due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
             rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
             folder.append("rounds.jsonl", rows[-1:])
@@ -274,6 +281,7 @@ def conduct(
                 folder.append("slots.jsonl", [slot_row(record)])
             wall_s, started = time.perf_counter() - started, time.perf_counter()
             manifest = commit(folder, state, manifest, wall_s, config.keep_last)
+            journal.unlink()
             yield rows[-1]
         yield finish(experiment, folder, state, rows, started - manifest["wall_s"])
     finally:

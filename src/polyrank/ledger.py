@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,10 @@ def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[s
     replies = record.replies
     row = {
         "round": record.round,
-        "cohort": sum(reply.counts for reply in replies),
+        "cohort": len({reply.client for reply in replies if reply.counts}),
         "failed": sum(reply.learned is None for reply in replies),
+        "reasons": dict(sorted(Counter(reply.reason for reply in replies if reply.reason).items())),
+        "attempts": 1 + max(reply.attempt for reply in replies),
         "train_loss": record.train_loss,
         "learning_rate": record.learning_rate,
         "aggregation_error": record.aggregation_error,
@@ -213,6 +216,8 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
             "metrics": dict(reply.learned.metrics) if reply.learned else None,
             "bytes_down": reply.bytes_down,
             "bytes_up": reply.bytes_up,
+            "attempt": reply.attempt,
+            "reason": reply.reason,
             "error": reply.error,
             "wall_s": reply.wall_s,
         }

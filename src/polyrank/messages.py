@@ -13,6 +13,33 @@ from polyrank.importance import Importance
 from polyrank.schema import Schema
 
 ClientId = str
+Reason = Literal[
+    "failed",
+    "no_answer",
+    "unasked",
+    "duplicate",
+    "empty",
+    "too_large",
+    "digest",
+    "header",
+    "kind",
+    "client",
+    "round",
+    "attempt",
+    "base",
+    "examples",
+    "metrics",
+    "missing",
+    "extra",
+    "dtype",
+    "shape",
+    "slots",
+    "votes",
+    "not_finite",
+    "all_zero",
+    "norm",
+]
+"""Why there is no usable answer: the client failed or was silent, or what it sent was refused (`gate.py`)."""
 MISSING_FOLDS = "MissingFoldsError"
 """How the error of a client begins that lacks folds the server believes it has."""
 
@@ -94,6 +121,8 @@ class TrainTask:
         adapter: the held slots only.
         a_seed: where A never changes (FFA-LoRA) it travels as the seed it was drawn from.
         ballot: what the client shall say about its slots, if anything.
+        attempt: how often its client was asked before in this round.
+        base: short digest of the state it starts from; with round and attempt, the answer repeats it.
     """
 
     round: int
@@ -107,6 +136,8 @@ class TrainTask:
     folds: Folds = Folds()
     a_seed: int | None = None
     ballot: Ballot | None = None
+    attempt: int = 0
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)

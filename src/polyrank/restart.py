@@ -92,12 +92,16 @@ def restore(reopened: Reopened) -> tuple[Experiment, Manifest | None]:
 
 
 def _give_back_folds(experiment: Experiment, committed: Committed) -> None:
-    """Every simulated device holds the folds again that it had received."""
+    """Every simulated device holds all folds.
+
+    What it is sent again it knows, and what it answered before
+    the stop, in the journal, it will not be asked for, and so not be sent.
+    """
     state, model = committed.state, experiment.model
     try:
         catch_up(model, [], Folds(0, state.folds))
     except MissingFoldsError as error:
         allowed = f"gives another start than the run began with ({error})"
         raise InputError("model.name", experiment.config.model.name, allowed) from error
-    for client, env in experiment.environments.items():
-        env.folds[:] = model.folded[: state.clients[client].folds]
+    for env in experiment.environments.values():
+        env.folds[:] = model.folded

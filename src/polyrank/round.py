@@ -3,7 +3,8 @@
     sample a cohort -> decide who holds which slots -> send them down -> train on the devices
     -> collect the updates -> aggregate -> next state
 
-A round does no input or output of its own: the engine carries bytes, and the caller writes records.
+A round does no input or output of its own: the engine carries bytes, `collect.py` asks until enough answers
+are good, and the caller writes records.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,8 +31,10 @@ from polyrank.adapter import (
 from polyrank.aggregation import Aggregated, Aggregation
 from polyrank.aggregation.error import aggregation_error
 from polyrank.allocation import Allocation, LossBased
-from polyrank.engine.base import Answer, Engine
+from polyrank.collect import Failures, Learned, Reply, collect_quorum
+from polyrank.engine.base import Engine
 from polyrank.errors import RunError
+from polyrank.gate import decode_scores
 from polyrank.messages import (
     MISSING_FOLDS,
     ClientId,
@@ -42,15 +46,13 @@ from polyrank.messages import (
     TrainTask,
 )
 from polyrank.received import Received, Updates
-from polyrank.sampling import Sampling
+from polyrank.sampling import Sampling, spare_clients
 from polyrank.seed import seed_for
-from polyrank.state import ClientRecord, ServerState
+from polyrank.state import ClientRecord, ServerState, version
 from polyrank.voting import RankShares, Voting, vote_shares
 from polyrank.wire import (
     ALL_PARTS,
     WireError,
-    decode_scores,
-    decode_update,
     encode_task,
     trained_parts,
 )
@@ -65,6 +67,7 @@ class Federation:
     Args:
         untrained: whether a client also holds, frozen, the active slots that it does not train.
         voting: how clients and server shrink the set of active slots; None keeps all.
+        failures: what a round does about clients that fail.
         validate: loss of one client's model on texts the server keeps, for loss-based allocation.
     """
 
@@ -76,36 +79,8 @@ class Federation:
     rounds: int
     untrained: Untrained = "absent"
     voting: Voting | None = None
+    failures: Failures = field(default_factory=Failures)
     validate: Callable[[ServerState, ClientUpdate], float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What the server notes of an update besides its numbers: slots kept, examples, metrics, votes."""
-
-    mask: RankMask
-    num_examples: int
-    metrics: Mapping[str, float]
-    votes: RankMask | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One client's part in one round, with the bytes that really travelled.
-
-    Args:
-        learned: None where there is no usable update; then ``error`` says why.
-        counts: whether its update is aggregated; False when it trained only to be scored.
-    """
-
-    client: ClientId
-    slots: int
-    bytes_down: int
-    bytes_up: int
-    wall_s: float
-    learned: Learned | None
-    error: str | None
-    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,31 +120,45 @@ class ClientEvaluation:
     bytes_up: int
 
 
-def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, RoundRecord]:
+def federated_round(
+    fed: Federation, state: ServerState, journal: Path | None = None
+) -> tuple[ServerState, RoundRecord]:
     """Run one round.
 
-    Raises: RunError when no client of the cohort gave a usable update.
+    Args:
+        journal: where updates are kept as they come; a round that is run again goes on with them.
+
+    Raises: RunError when too few clients of the cohort gave a usable update.
     """
     population = [client.id for client in fed.engine.clients()]
     cohort = fed.sampling.sample(population, state.seed, state.round)
     everybody = isinstance(fed.allocation, LossBased) and fed.allocation.scores_in(state.round)
-    asked = population if everybody else cohort
-    plan = fed.allocation.allocate(state, asked)
+    first_wave = population if everybody else cohort
+    spares = spare_clients(population, state.seed, state.round)
+    plan = dict(fed.allocation.allocate(state, first_wave))
     drawn = fed.training.factors == "B" and _is_drawn(state)
-    received = Received(lambda client: make_task(fed, state, plan[client], client, drawn))
-    with contextlib.closing(received):
-        replies = collect(fed.engine, asked, received)
-        replies = [replace(reply, counts=reply.client in set(cohort)) for reply in replies]
+    base = version(state)
+
+    def task(client: ClientId) -> TrainTask:
+        if client not in plan:  # it replaces one that failed
+            plan.update(fed.allocation.allocate(state, [client]))
+        asked = replace(make_task(fed, state, plan[client], client, drawn), base=base)
+        if received.attempts.get(client, 0) > 0:  # it may have failed because it lost its folds
+            asked = replace(asked, folds=Folds(0, state.folds))
+        return asked
+
+    with contextlib.closing(Received(task, journal)) as received:
+        try:
+            replies = collect_quorum(fed.engine, fed.failures, first_wave, cohort, spares, received)
+        except RunError as error:
+            raise RunError(f"round {state.round}: {error}") from error
         usable = [reply.client for reply in replies if reply.learned is not None and reply.counts]
-        if not usable:
-            reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
-            raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
         training = training_at(fed.training, state.round, fed.rounds)
-        merged, error = merge(fed, state, Updates(received, usable), training)
+        merged, apart = merge(fed, state, Updates(received, usable), training)
         after = advance(fed, state, merged, replies, received)
     active = {name: int(held.sum()) for name, held in state.active.items()}
     budget = None if fed.voting is None else fed.voting.budget(state.adapter, state.round, fed.rounds)
-    return after, RoundRecord(state.round, training.learning_rate, error, replies, active, budget)
+    return after, RoundRecord(state.round, training.learning_rate, apart, replies, active, budget)
 
 
 def merge(
@@ -231,41 +220,6 @@ def _missed(state: ServerState, client: ClientId) -> Folds:
     """The folds that a client has not received yet."""
     first = state.clients.get(client, ClientRecord()).folds
     return Folds(first, state.folds[first:])
-
-
-def collect(engine: Engine, clients: Sequence[ClientId], received: Received) -> list[Reply]:
-    """Send every client its task, check and keep every answer; replies stand in the order of the clients."""
-    sizes: dict[ClientId, int] = {}
-
-    def requests() -> Iterator[tuple[ClientId, bytes]]:
-        for client in clients:
-            request = encode_task(received.task(client))
-            sizes[client] = len(request)
-            yield client, request
-
-    registered = {client.id: client.num_examples for client in engine.clients()}
-    replies = {}
-    for answer in engine.exchange(requests()):
-        task = received.task(answer.client)
-        replies[answer.client] = _check(task, sizes[answer.client], answer, registered[answer.client])
-        if replies[answer.client].learned is not None and answer.payload is not None:
-            received.keep(answer.client, answer.payload)
-    return [replies.get(client) or _silent(received.task(client), sizes[client]) for client in clients]
-
-
-def _check(task: TrainTask, bytes_down: int, answer: Answer, num_examples: int) -> Reply:
-    bytes_up, learned, error = len(answer.payload or b""), None, answer.error
-    if answer.payload is not None:
-        try:
-            update = decode_update(answer.payload, task, num_examples)
-            learned = Learned(update.mask, update.num_examples, update.metrics, update.votes)
-        except WireError as refusal:
-            error = f"refused: {refusal}"
-    return Reply(task.client, num_slots(task.mask), bytes_down, bytes_up, answer.wall_s, learned, error)
-
-
-def _silent(task: TrainTask, bytes_down: int) -> Reply:
-    return Reply(task.client, num_slots(task.mask), bytes_down, 0, 0.0, None, "no answer")
 
 
 def advance(
