@@ -15,7 +15,7 @@ from tests.builders import largest_difference
 from tests.unit.test_round import federation
 
 
-class Stops(Exception):
+class StopsError(Exception):
     pass
 
 
@@ -37,7 +37,7 @@ class Until:
 
         for number, answer in enumerate(self.engine.exchange(seen())):
             if number == self.answers:
-                raise Stops
+                raise StopsError
             yield answer
 
 
@@ -46,7 +46,7 @@ def interrupted(fuse, answers, path, **changes):
     fed, state = federation(**changes)
     fused = dataclasses.replace(fed.engine.engine, fuse=fuse)
     whole, whole_record = federated_round(dataclasses.replace(fed, engine=fused), state)
-    with pytest.raises(Stops):
+    with pytest.raises(StopsError):
         federated_round(dataclasses.replace(fed, engine=Until(fused, answers)), state, path)
     again = Until(fused, 99)
     after, record = federated_round(dataclasses.replace(fed, engine=again), state, path)
@@ -73,7 +73,7 @@ def test_who_shared_a_pass_is_asked_again_together(tmp_path, answers, asked):
 def test_a_torn_or_flipped_record_is_asked_for_again(tmp_path):
     path = tmp_path / "j"
     fed, state = federation()
-    with pytest.raises(Stops):
+    with pytest.raises(StopsError):
         federated_round(dataclasses.replace(fed, engine=Until(fed.engine.engine, 3)), state, path)
     whole = path.read_bytes()
     third = len(whole) // 3
@@ -92,7 +92,7 @@ def test_a_torn_or_flipped_record_is_asked_for_again(tmp_path):
 
 def test_the_journal_of_another_state_is_not_used(tmp_path):
     fed, state = federation()
-    with pytest.raises(Stops):
+    with pytest.raises(StopsError):
         federated_round(dataclasses.replace(fed, engine=Until(fed.engine.engine, 3)), state, tmp_path / "j")
     head = {name: tensor + 1 for name, tensor in state.head.items()}
     engine = Until(fed.engine.engine, 99)
