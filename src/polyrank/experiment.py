@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,6 +328,7 @@ def finish(
         "majority_rate": majority_rate(experiment.test.labels, len(experiment.corpus.label_names)),
         "steps": sum(row["steps"] for row in rows),
         "failed": sum(row["failed"] for row in rows),
+        "reasons": dict(sum((Counter(row["reasons"]) for row in rows), Counter())),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "active_slots": num_slots(state.active),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import resources
 from typing import Any
 
@@ -57,6 +58,8 @@ def write_report(folder: RunFolder) -> None:
     slots = folder.read_rows("slots.jsonl")
     if slots:
         figures |= _slot_figures(rows, slots, summary["active_slots"])
+    if any(row["reasons"] for row in rows):
+        figures["Clients without a usable update"] = _failures(rows)
     client_scores = folder.read_rows("client_scores.jsonl")
     if client_scores:
         accuracies = sorted(row["accuracy"] for row in client_scores)
@@ -71,6 +74,7 @@ def write_report(folder: RunFolder) -> None:
         versions=dotted(folder.read("versions.json")),
         num_clients=len(partition["clients"]),
         died=dead_modules(slots),
+        reasons=summary["reasons"],
     )
     replace(folder.path / REPORT, page.encode())
 
@@ -95,6 +99,13 @@ def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last:
             "round", _short(modules), [list(row["slots"].values()) for row in slots]
         ),
     }
+
+
+def _failures(rows: list[dict[str, Any]]) -> Any:
+    """How many clients failed, were silent or were refused in each round, by reason."""
+    totals = sum((Counter(row["reasons"]) for row in rows), Counter[str]())
+    counts = {name: [row["reasons"].get(name, 0) for row in rows] for name, _ in totals.most_common()}
+    return bars("round", [row["round"] + 1 for row in rows], counts)
 
 
 def dead_modules(slots: list[dict[str, Any]]) -> dict[str, int]:
