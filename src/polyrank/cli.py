@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import polyrank
-from polyrank.errors import InputError, RunError
+from polyrank.errors import InputError, RunError, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -228,7 +228,7 @@ def main() -> None:
     except InputError as error:
         code = _complain(str(error), 2)
     except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]  # any misuse of the command line
-        code = _complain(f"{error.format_message()} (see polyrank --help)", 2)
+        code = _complain(printable(f"{error.format_message()} (see polyrank --help)", 1000), 2)
     except RunError as error:
         code = _complain(str(error), 1)
     except (typer.Abort, KeyboardInterrupt):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from polyrank.adapter import RankMask, num_slots
 from polyrank.engine.base import Answer, Engine
-from polyrank.errors import RunError
+from polyrank.errors import RunError, printable
 from polyrank.gate import change, decode_update, outliers
 from polyrank.messages import ClientId, Reason, TrainTask
 from polyrank.received import Note, Received
@@ -184,7 +184,7 @@ def _check(task: TrainTask, bytes_down: int, answer: Answer, num_examples: int) 
             reason = None
         except WireError as refusal:
             error, reason = f"refused: {refusal}", refusal.reason
-    told = None if error is None else printable(error)
+    told = None if error is None else printable(error, _MAX_ERROR)
     size, attempt = num_slots(task.mask), task.attempt
     return Reply(task.client, size, bytes_down, bytes_up, answer.wall_s, learned, told, True, reason, attempt)
 
@@ -197,10 +197,5 @@ def _silent(task: TrainTask, bytes_down: int) -> Reply:
 def _surplus(answer: Answer, reason: Reason) -> Reply:
     """An answer that nobody waited for: the first one counts."""
     told = {"duplicate": "refused: a second answer", "unasked": "refused: it was not asked"}[reason]
-    client, size = printable(answer.client), len(answer.payload or b"")
+    client, size = printable(answer.client, _MAX_ERROR), len(answer.payload or b"")
     return Reply(client, 0, 0, size, answer.wall_s, None, told, False, reason)
-
-
-def printable(text: str) -> str:
-    """What a client says, fit for a terminal and a ledger."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_ERROR])

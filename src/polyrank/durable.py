@@ -11,6 +11,8 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Literal
 
 from polyrank.errors import InputError, RunError
 
@@ -33,6 +35,15 @@ class Lock:
             self._number = None
 
     __del__ = release
+
+
+def kind_at(path: Path) -> Literal["file", "folder", "other", "nothing"]:
+    """What lies at a path; nothing where the name is one that no file can have."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return "nothing"
+    return "file" if S_ISREG(found.st_mode) else "folder" if S_ISDIR(found.st_mode) else "other"
 
 
 def write(path: Path, data: bytes) -> None:

@@ -244,7 +244,7 @@ def _validation(
 def open_folder(experiment: Experiment, out: Path | None) -> RunFolder:
     """Make the run folder and write down everything that is known before the first round."""
     config = experiment.config
-    source = "hub" if config.data.source.startswith("hub:") else Path(config.data.source).stem
+    source = "hub" if config.data.source.startswith("hub:") else Path(config.data.source).stem[:60]
     folder = create_run_folder(out, f"{config.method}-{source}")
     folder.write("config.json", config.model_dump(mode="json"))
     describe(experiment, folder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections import Counter
@@ -97,7 +98,7 @@ class RunFolder:
 
 def refuse_existing(out: Path | None) -> None:
     """Raises: InputError when ``out`` exists; asked before the work as well as after it."""
-    if out is not None and out.exists():
+    if out is not None and (durable.kind_at(out) != "nothing" or os.path.islink(out)):
         raise InputError("--out", str(out), "exists already; name a new folder, nothing was overwritten")
 
 
@@ -110,8 +111,9 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
         refuse_existing(out)
         try:
             out.mkdir(parents=True)
-        except OSError as error:
-            raise InputError("--out", str(out), f"cannot be made ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError("--out", str(out), f"cannot be made ({why})") from error
         return RunFolder(out, durable.lock(out))
     number = 1
     while True:

@@ -55,7 +55,7 @@ def reopen(path: Path) -> Reopened:
 
     Raises: InputError when there is no run, another process writes it, or no checkpoint verifies.
     """
-    if not (path / "config.json").is_file():
+    if durable.kind_at(path / "config.json") != "file":
         allowed = "is no run folder that can go on (it holds no config.json); start the run anew"
         raise InputError("RUN", str(path), allowed)
     folder = RunFolder(path, durable.lock(path))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -187,3 +189,28 @@ def children(pid: int) -> list[int]:
 
 def test_every_stateful_method_is_among_the_killed():
     assert set(STATEFUL) == set(METHODS)
+
+
+def test_a_run_its_resume_and_its_export_unpickle_nothing(inputs, tmp_path):
+    """Python tells an audit hook of every name that a pickle asks for."""
+    from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.export import export_run
+
+    def work(control: bool) -> None:
+        asked = []
+        sys.addaudithook(lambda event, words: asked.append(words) if event == "pickle.find_class" else None)
+        experiment = prepare(small_config(inputs, "stacking", "engine.workers=2", "rounds=2"))
+        folder = open_folder(experiment, tmp_path / f"run-{control}")
+        rows = conduct(experiment, folder)
+        next(rows)
+        rows.close()
+        polyrank.resume(folder.path)
+        export_run(folder.path, folder.path / "merged", merged=True)
+        if control:
+            pickle = importlib.import_module("pickle")
+            pickle.loads(pickle.dumps(Path()))
+        if asked:
+            raise SystemExit(3)
+
+    assert ended(forked(lambda: work(False), tmp_path / "told")) == 0, (tmp_path / "told.err").read_text()
+    assert ended(forked(lambda: work(True))) == 3

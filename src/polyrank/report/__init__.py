@@ -58,14 +58,7 @@ def write_report(folder: RunFolder) -> None:
     slots = folder.read_rows("slots.jsonl")
     if slots:
         figures |= _slot_figures(rows, slots, summary["active_slots"])
-    if any(row["reasons"] for row in rows):
-        figures["Clients without a usable update"] = _failures(rows)
-    client_scores = folder.read_rows("client_scores.jsonl")
-    if client_scores:
-        accuracies = sorted(row["accuracy"] for row in client_scores)
-        places = list(range(1, len(accuracies) + 1))
-        name = "Accuracy on each client's own texts, from the least"
-        figures[name] = bars("client", places, {"accuracy": accuracies})
+    figures |= _failures(rows) | _client_scores(folder.read_rows("client_scores.jsonl"))
     page = template("report.html.j2").render(
         summary=summary,
         headline=_headline(summary),
@@ -101,11 +94,24 @@ def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last:
     }
 
 
-def _failures(rows: list[dict[str, Any]]) -> Any:
+def _client_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The final accuracy on each client, where it was asked for."""
+    if not scores:
+        return {}
+    accuracies = sorted(row["accuracy"] for row in scores)
+    places = list(range(1, len(accuracies) + 1))
+    figure = bars("client", places, {"accuracy": accuracies})
+    return {"Accuracy on each client's own texts, from the least": figure}
+
+
+def _failures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many clients failed, were silent or were refused in each round, by reason."""
     totals = sum((Counter(row["reasons"]) for row in rows), Counter[str]())
     counts = {name: [row["reasons"].get(name, 0) for row in rows] for name, _ in totals.most_common()}
-    return bars("round", [row["round"] + 1 for row in rows], counts)
+    if not counts:
+        return {}
+    figure = bars("round", [row["round"] + 1 for row in rows], counts)
+    return {"Clients without a usable update": figure}
 
 
 def dead_modules(slots: list[dict[str, Any]]) -> dict[str, int]:
