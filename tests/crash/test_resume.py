@@ -177,10 +177,12 @@ def test_a_killed_server_leaves_no_lock_with_its_workers(inputs, tmp_path):
     time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     ended(pid)
-    assert any(Path(f"/proc/{worker}").exists() for worker in workers)
-    reopen(out).folder.release()
-    for worker in workers:
-        os.kill(worker, signal.SIGKILL)
+    try:
+        assert any(Path(f"/proc/{worker}").exists() for worker in workers)
+        reopen(out).folder.release()
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:
