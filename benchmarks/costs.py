@@ -29,10 +29,11 @@ from polyrank.adapter import full_mask, new_adapter
 from polyrank.data.docstrings import load_docstrings
 from polyrank.data.tokens import tokenize
 from polyrank.evaluation import evaluate
+from polyrank.gate import decode_update
 from polyrank.ledger import versions
 from polyrank.messages import ClientUpdate, Training, TrainTask
 from polyrank.models.load import load_base, packaged_model
-from polyrank.wire import decode_update, encode_update
+from polyrank.wire import encode_update
 
 WIDTH, TEXTS, LENGTH, BATCH = 4096, 500, 128, 32
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from polyrank.config import Config, load_config
     from polyrank.errors import InputError, RunError
     from polyrank.experiment import Result, run
+    from polyrank.restart import resume
 
 __version__ = "0.1.0"
-__all__ = ["Config", "InputError", "Result", "RunError", "__version__", "load_config", "run"]
+__all__ = ["Config", "InputError", "Result", "RunError", "__version__", "load_config", "resume", "run"]
 
 _HOME = {
     "Config": "config",
@@ -20,6 +21,7 @@ _HOME = {
     "RunError": "errors",
     "Result": "experiment",
     "run": "experiment",
+    "resume": "restart",
 }
 
 

@@ -6,14 +6,14 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import polyrank
-from polyrank.errors import InputError, RunError
+from polyrank.errors import InputError, RunError, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +38,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Lay key=value over the config, e.g. rounds=20.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+UnfinishedArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that stopped.")]
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a finished run.")]
 
 
@@ -52,7 +53,6 @@ def run(
     from polyrank.config import load_config
     from polyrank.experiment import conduct, open_folder, prepare
     from polyrank.ledger import refuse_existing
-    from polyrank.progress import show
 
     refuse_existing(out)
     resolved = load_config(config, settings or [])
@@ -60,23 +60,51 @@ def run(
         typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")
     experiment = prepare(resolved)
     folder = open_folder(experiment, out)
-    rows = conduct(experiment, folder)
+    _go_through(conduct(experiment, folder), folder.path, resolved.rounds, as_json)
+
+
+@app.command()
+def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
+    """Go on with a run that stopped, to the same result as if it had not."""
+    from polyrank.experiment import conduct
+    from polyrank.restart import reopen, restore
+
+    reopened = reopen(run_folder)
+    for line in reopened.complaints:
+        typer.echo(f"polyrank: {line}; the one before it is taken", err=True)
+    if reopened.summary is not None:
+        if as_json:
+            _print_json({"run": str(run_folder), **reopened.summary})
+        else:
+            typer.echo(f"{run_folder} is finished: accuracy {reopened.summary['test_accuracy']:.3f}")
+        return
+    experiment, manifest = restore(reopened)
+    rounds = experiment.config.rounds
+    if not as_json:
+        typer.echo(f"{run_folder}: {experiment.start.round} of {rounds} rounds are done")
+    _go_through(conduct(experiment, reopened.folder, manifest), run_folder, rounds, as_json)
+
+
+def _go_through(rows: Iterator[dict[str, Any]], path: Path, rounds: int, as_json: bool) -> None:
+    """Show a run's rows as they come, and its result."""
+    from polyrank.progress import show
+
     summary: dict[str, Any] = {}
     try:
-        for row in rows if as_json else show(rows, resolved.rounds):
+        for row in rows if as_json else show(rows, rounds):
             summary = row
     except KeyboardInterrupt:
-        typer.echo(f"polyrank: stopped; {folder.path} holds the rounds until here", err=True)
+        typer.echo(f"polyrank: stopped; `polyrank resume {path}` goes on from its last round", err=True)
         sys.exit(130)
     if as_json:
-        _print_json({"run": str(folder.path), **summary})
+        _print_json({"run": str(path), **summary})
         return
     typer.echo(
         f"accuracy {summary['test_accuracy']:.3f}, macro-F1 {summary['test_macro_f1']:.3f} "
         f"(majority class {summary['majority_rate']:.3f}) in {summary['wall_s']:.0f} s"
     )
-    typer.echo(f"report   {folder.path / 'report.html'}")
-    typer.echo(f"adapter  {folder.path / 'adapter'}")
+    typer.echo(f"report   {path / 'report.html'}")
+    typer.echo(f"adapter  {path / 'adapter'}")
 
 
 @app.command()
@@ -269,7 +297,7 @@ def main() -> None:
     except InputError as error:
         code = _complain(str(error), 2)
     except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]  # any misuse of the command line
-        code = _complain(f"{error.format_message()} (see polyrank --help)", 2)
+        code = _complain(printable(f"{error.format_message()} (see polyrank --help)", 1000), 2)
     except RunError as error:
         code = _complain(str(error), 1)
     except (typer.Abort, KeyboardInterrupt):

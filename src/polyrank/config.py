@@ -18,9 +18,11 @@ from polyrank.adapter import Form
 from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg, Stacking
 from polyrank.allocation import Allocation, Tiers, Uniform
 from polyrank.clock import FleetTable
+from polyrank.collect import Failures
 from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
-from polyrank.errors import InputError, choices
+from polyrank.durable import kind_at
+from polyrank.errors import InputError, choices, first_line
 from polyrank.messages import Training
 from polyrank.models.load import PACKAGED
 from polyrank.recipes import recipe
@@ -110,6 +112,9 @@ class Config(Schema):
     engine: Embedded = Embedded()
     fleet: FleetTable | None = None
     """Devices whose time, energy and memory are simulated; nothing: none are."""
+    failures: Failures = Failures()
+    keep_last: Count = 2
+    """Checkpoints that stay until the run is finished; a damaged one is passed over for the one before."""
 
     @model_validator(mode="before")
     @classmethod
@@ -224,7 +229,7 @@ def make_config(given: Mapping[str, Any]) -> Config:
 
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+    if kind_at(path) != "file":
         raise InputError("CONFIG", str(path), "cannot be read: no such file")
     if path.suffix != ".toml":
         allowed = "must be a .toml file; texts are named by --set data.source=FILE"
@@ -233,19 +238,19 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("CONFIG", str(path), f"cannot be read ({type(error).__name__})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError("CONFIG", str(path), f"is not valid TOML ({error})") from error
+    except (ValueError, RecursionError) as error:  # also numbers and nesting past what Python reads
+        raise InputError("CONFIG", str(path), f"is not valid TOML ({first_line(error)})") from error
 
 
 def _setting(text: str) -> dict[str, Any]:
     """``a.b=1`` as ``{"a": {"b": 1}}``; what is not a TOML value is a string."""
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > 9:
         raise InputError("--set", text, "must look like key=value, e.g. training.learning_rate=1e-3")
     try:
         value: Any = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw
     for part in reversed(parts):
         value = {part: value}
@@ -262,7 +267,8 @@ def _as_input_error(error: ValidationError) -> InputError:
     match first["type"]:
         case "extra_forbidden":
             fields = model.model_fields if model is not None else ()
-            return InputError(key, value, f"unknown key; {choices(keys[-1], fields)}")
+            name = str(first["loc"][-1])
+            return InputError(key or name, value, f"unknown key; {choices(name, fields)}")
         case "literal_error":
             return InputError(key, value, f"must be {first['ctx']['expected']}")
         case "union_tag_invalid":

@@ -16,10 +16,10 @@ class InputError(ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        self.key = key
+        self.key = printable(key, 200)
         self.value = value
-        self.allowed = " ".join(allowed.split())
-        super().__init__(f"{key} = {_short(value)}: {self.allowed}")
+        self.allowed = printable(" ".join(allowed.split()), 1000)
+        super().__init__(f"{self.key} = {_short(value)}: {self.allowed}")
 
 
 class RunError(RuntimeError):
@@ -28,7 +28,7 @@ class RunError(RuntimeError):
 
 def choices(value: object, options: Iterable[str]) -> str:
     """The phrase ``one of: a, b, c``, led by the nearest option when one is close."""
-    listed = list(options)
+    listed = [printable(option, 60) for option in options]
     near = difflib.get_close_matches(str(value), listed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
@@ -41,6 +41,15 @@ def first_line(error: Exception, limit: int = 160) -> str:
     return lines[0][:limit] if lines else type(error).__name__
 
 
+def printable(text: str, limit: int) -> str:
+    """Text from a file or a client, fit for one line of a terminal or a ledger."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[:limit])
+    return shown if len(text) <= limit else shown[: limit - 3] + "..."
+
+
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    try:
+        text = printable(repr(value), limit + 1)
+    except (ValueError, RecursionError):  # too many digits, or too deep, for Python to write out
+        text = type(value).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from polyrank import durable
 from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, num_slots, restrict
 from polyrank.aggregation import Stacking
 from polyrank.allocation import Legend, LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
+from polyrank.collect import Failures
+from polyrank.commit import CHECKPOINTS, Manifest, commit, first_manifest
 from polyrank.config import Config
 from polyrank.data.partition import ClientRows, Natural, share_out
 from polyrank.data.source import load_corpus
-from polyrank.data.texts import Corpus, Texts
+from polyrank.data.texts import Corpus, Texts, corpus_digest
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.base import Engine
+from polyrank.engine.dropout import Dropout
 from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import InputError, RunError
@@ -59,6 +64,9 @@ from polyrank.seed import seed_for
 from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
 
+SCORES = "client_scores.jsonl"
+JOURNAL = "journal"
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -72,6 +80,11 @@ class Experiment:
     federation: Federation
     start: ServerState
     prefix: PrefixCache | None
+    environments: Mapping[str, ClientEnv]
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the result depends on besides the config."""
+        return {"data": corpus_digest(self.corpus), "model": self.model.digest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,7 @@ def prepare(config: Config) -> Experiment:
     }
     federation = Federation(
         engine=_engine(config, environments, device),
+        failures=config.failures,
         sampling=config.sampling,
         allocation=config.allocation,
         aggregation=config.aggregation,
@@ -145,12 +159,9 @@ def prepare(config: Config) -> Experiment:
         clock=_clock(config, model, environments),
     )
     test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
-    start = _start(
-        config,
-        federation,
-        ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds),
-    )
-    return Experiment(config, corpus, clients, model, test, federation, start, cache)
+    opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
+    start = _start(config, federation, opening)
+    return Experiment(config, corpus, clients, model, test, federation, start, cache, environments)
 
 
 def _start(config: Config, fed: Federation, state: ServerState) -> ServerState:
@@ -216,6 +227,9 @@ def _bank(
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
     """One process, or several where the machine can fork and the CPU does the work."""
+    if config.failures.dropout > 0:
+        steady = config.model_copy(update={"failures": Failures()})
+        return Dropout(_engine(steady, environments, device), config.failures.dropout, config.seed)
     wanted, fuse = config.engine.workers or (os.cpu_count() or 1), _fuse(config, environments, device)
     if config.engine.threads > 1:  # a fork of a process that already ran several threads would hang
         wanted = 1
@@ -278,32 +292,50 @@ def _validation(
 def open_folder(experiment: Experiment, out: Path | None) -> RunFolder:
     """Make the run folder and write down everything that is known before the first round."""
     config = experiment.config
-    source = "hub" if config.data.source.startswith("hub:") else Path(config.data.source).stem
+    source = "hub" if config.data.source.startswith("hub:") else Path(config.data.source).stem[:60]
     folder = create_run_folder(out, f"{config.method}-{source}")
     folder.write("config.json", config.model_dump(mode="json"))
-    folder.write("versions.json", versions())
-    folder.write("partition.json", partition_table(experiment.corpus, experiment.clients))
+    describe(experiment, folder)
     return folder
 
 
-def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """Run all rounds; yields each round's row as it is written, then the summary."""
+def describe(experiment: Experiment, folder: RunFolder) -> None:
+    """What is known before the first round besides the config."""
+    folder.write("versions.json", versions())
+    folder.write("partition.json", partition_table(experiment.corpus, experiment.clients))
+
+
+def conduct(
+    experiment: Experiment, folder: RunFolder, manifest: Manifest | None = None
+) -> Iterator[dict[str, Any]]:
+    """Run the rounds that are left; yields each round's row once it is committed, then the summary.
+
+    Args:
+        manifest: of the checkpoint that ``experiment.start`` was read from; None at the start of a run.
+    """
     started = time.perf_counter()
     state, config = experiment.start, experiment.config
-    rows: list[dict[str, Any]] = []
+    rows = folder.read_rows("rounds.jsonl")
     try:
-        for round_ in range(config.rounds):
-            state, record = federated_round(experiment.federation, state)
+        if manifest is None:
+            manifest = commit(folder, state, first_manifest(experiment.inputs()), 0.0, config.keep_last)
+        for round_ in range(state.round, config.rounds):
+            journal = folder.path / JOURNAL / f"{round_:05d}"
+            state, record = federated_round(experiment.federation, state, journal)
             due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
             rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
             folder.append("rounds.jsonl", rows[-1:])
             folder.append("clients.jsonl", client_rows(record))
             if config.voting is not None:
                 folder.append("slots.jsonl", [slot_row(record)])
+            wall_s, started = time.perf_counter() - started, time.perf_counter()
+            manifest = commit(folder, state, manifest, wall_s, config.keep_last)
+            journal.unlink()
             yield rows[-1]
-        yield finish(experiment, folder, state, rows, started)
+        yield finish(experiment, folder, state, rows, started - manifest["wall_s"])
     finally:
         experiment.federation.engine.close()
+        folder.release()
 
 
 def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:
@@ -324,10 +356,16 @@ def finish(
     rows: list[dict[str, Any]],
     started: float,
 ) -> dict[str, Any]:
-    """Save the state, export the adapter, write summary and report; returns the summary."""
+    """Save the state, export the adapter, write summary and report; returns the summary.
+
+    A run is finished when its summary is there: whatever was written before it is written anew.
+    """
     config, last = experiment.config, rows[-1]
-    save_state(state, folder.path / STATE_FILE)
-    export_adapter(experiment.model, state, folder.path / "adapter")
+    with durable.disk_errors(folder.path):
+        save_state(state, folder.path / STATE_FILE)
+        durable.drop_folder(folder.path / "adapter")
+        (folder.path / SCORES).unlink(missing_ok=True)
+        export_adapter(experiment.model, state, folder.path / "adapter")
     summary = {
         "method": config.method,
         "seed": config.seed,
@@ -338,6 +376,7 @@ def finish(
         "majority_rate": majority_rate(experiment.test.labels, len(experiment.corpus.label_names)),
         "steps": sum(row["steps"] for row in rows),
         "failed": sum(row["failed"] for row in rows),
+        "reasons": dict(sum((Counter(row["reasons"]) for row in rows), Counter())),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "active_slots": num_slots(state.active),
@@ -351,8 +390,16 @@ def finish(
     summary["adapter_sha256"] = adapter_sha256(folder.path / "adapter")
     summary["wall_s"] = time.perf_counter() - started
     folder.write("summary.json", summary)
-    write_report(folder)
+    close_folder(folder)
     return summary
+
+
+def close_folder(folder: RunFolder) -> None:
+    """The last steps of a finished run: its report, and no more of what only a resume needs."""
+    with durable.disk_errors(folder.path):
+        write_report(folder)
+        for name in (CHECKPOINTS, JOURNAL):
+            durable.drop_folder(folder.path / name)
 
 
 def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState) -> dict[str, float]:
@@ -360,7 +407,7 @@ def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState
     size = experiment.config.evaluation.batch_size
     evaluation = evaluate_clients(experiment.federation, state, size)
     scores = evaluation.scores
-    folder.append("client_scores.jsonl", score_rows(scores))
+    folder.append(SCORES, score_rows(scores))
     spent: dict[str, float] = {
         "evaluation_bytes_down": evaluation.bytes_down,
         "evaluation_bytes_up": evaluation.bytes_up,

@@ -4,6 +4,7 @@
     versions.json    python, packages, commit     clients.jsonl   one row per client and round
     partition.json   sizes and label counts       summary.json    the result in one table
     state.safetensors, adapter/, report.html
+    until it is finished: checkpoints/ (commit.py) and journal/ (received.py)
 
 Measured seconds end in ``wall_s``; what is simulated for a fleet of devices has columns of its own
 (``simulated_s``, ``waiting_s``, ``energy_j``, ``peak_memory_bytes``, ``late``, and the table ``simulated`` of
@@ -14,13 +15,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyrank import durable
 from polyrank.clock import Priced
 from polyrank.data.partition import ClientRows, label_counts
 from polyrank.data.texts import Corpus
@@ -28,6 +32,8 @@ from polyrank.errors import InputError
 from polyrank.messages import ClientScores
 from polyrank.round import RoundRecord
 
+LEDGERS = ("rounds.jsonl", "clients.jsonl", "slots.jsonl")
+"""The files that grow by some rows every round."""
 _TRACKED = (
     "polyrank",
     "torch",
@@ -44,19 +50,37 @@ _TRACKED = (
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """An existing folder that belongs to one run."""
+    """An existing folder that belongs to one run.
+
+    Args:
+        lock: the right to write it, where this process has it.
+    """
 
     path: Path
+    lock: durable.Lock | None = None
 
     def write(self, name: str, content: Any) -> None:
-        """A JSON file, readable by people."""
+        """A JSON file, readable by people; the old one or the new one, never a part.
+
+        Raises: RunError when the disk does not take it.
+        """
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        (self.path / name).write_text(text + "\n", encoding="utf-8")
+        with durable.disk_errors(self.path / name):
+            durable.replace(self.path / name, f"{text}\n".encode())
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One JSON row per line."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        """One JSON row per line.
+
+        Raises: RunError when the disk does not take them.
+        """
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        with durable.disk_errors(self.path / name):
+            durable.append(self.path / name, text.encode())
+
+    def release(self) -> None:
+        """Let others write it."""
+        if self.lock is not None:
+            self.lock.release()
 
     def read(self, name: str) -> Any:
         """Raises: InputError when the file is not there or is not JSON."""
@@ -76,7 +100,7 @@ class RunFolder:
 
 def refuse_existing(out: Path | None) -> None:
     """Raises: InputError when ``out`` exists; asked before the work as well as after it."""
-    if out is not None and out.exists():
+    if out is not None and (durable.kind_at(out) != "nothing" or os.path.islink(out)):
         raise InputError("--out", str(out), "exists already; name a new folder, nothing was overwritten")
 
 
@@ -89,9 +113,10 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
         refuse_existing(out)
         try:
             out.mkdir(parents=True)
-        except OSError as error:
-            raise InputError("--out", str(out), f"cannot be made ({error.strerror})") from error
-        return RunFolder(out)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError("--out", str(out), f"cannot be made ({why})") from error
+        return RunFolder(out, durable.lock(out))
     number = 1
     while True:
         path = Path("runs") / f"{stem}-{number}"
@@ -100,7 +125,7 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
         except FileExistsError:
             number += 1
         else:
-            return RunFolder(path)
+            return RunFolder(path, durable.lock(path))
 
 
 def versions() -> dict[str, Any]:
@@ -160,8 +185,10 @@ def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[s
     replies = record.replies
     row = {
         "round": record.round,
-        "cohort": sum(reply.counts for reply in replies),
+        "cohort": len({reply.client for reply in replies if reply.counts}),
         "failed": sum(reply.learned is None for reply in replies),
+        "reasons": dict(sorted(Counter(reply.reason for reply in replies if reply.reason).items())),
+        "attempts": 1 + max(reply.attempt for reply in replies),
         "train_loss": record.train_loss,
         "learning_rate": record.learning_rate,
         "aggregation_error": record.aggregation_error,
@@ -220,6 +247,8 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
             "metrics": dict(reply.learned.metrics) if reply.learned else None,
             "bytes_down": reply.bytes_down,
             "bytes_up": reply.bytes_up,
+            "attempt": reply.attempt,
+            "reason": reply.reason,
             "error": reply.error,
             "wall_s": reply.wall_s,
         }

@@ -14,6 +14,33 @@ from polyrank.importance import Importance
 from polyrank.schema import Schema
 
 ClientId = str
+Reason = Literal[
+    "failed",
+    "no_answer",
+    "unasked",
+    "duplicate",
+    "empty",
+    "too_large",
+    "digest",
+    "header",
+    "kind",
+    "client",
+    "round",
+    "attempt",
+    "base",
+    "examples",
+    "metrics",
+    "missing",
+    "extra",
+    "dtype",
+    "shape",
+    "slots",
+    "votes",
+    "not_finite",
+    "all_zero",
+    "norm",
+]
+"""Why there is no usable answer: the client failed or was silent, or what it sent was refused (`gate.py`)."""
 MISSING_FOLDS = "MissingFoldsError"
 """How the error of a client begins that lacks folds the server believes it has."""
 
@@ -122,6 +149,8 @@ class TrainTask:
         adapter: the held slots only.
         drawn: while A is as it was drawn (FFA-LoRA, SLoRA) it travels as what it was drawn from.
         ballot: what the client shall say about its slots, if anything.
+        attempt: how often its client was asked before in this round.
+        base: short digest of the state it starts from; with round and attempt, the answer repeats it.
     """
 
     round: int
@@ -135,6 +164,8 @@ class TrainTask:
     folds: Folds = Folds()
     drawn: Draw | None = None
     ballot: Ballot | None = None
+    attempt: int = 0
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)

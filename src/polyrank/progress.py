@@ -24,9 +24,9 @@ def show(rows: Iterable[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]
         yield from _live(rows, rounds, started, console)
         return
     print(" ".join(f"{name:>10}" for name in COLUMNS), flush=True)
-    for row in rows:
+    for shown, row in enumerate(rows, start=1):
         if "round" in row:
-            cells = _cells(row, rounds, time.perf_counter() - started)
+            cells = _cells(row, rounds, (time.perf_counter() - started) / shown)
             print(" ".join(f"{cell:>10}" for cell in cells), flush=True)
         yield row
 
@@ -36,16 +36,16 @@ def _live(
 ) -> Iterator[dict[str, Any]]:
     table = Table(*COLUMNS)
     with Live(table, console=console, auto_refresh=False) as live:
-        for row in rows:
+        for shown, row in enumerate(rows, start=1):
             if "round" in row:
-                table.add_row(*_cells(row, rounds, time.perf_counter() - started))
+                table.add_row(*_cells(row, rounds, (time.perf_counter() - started) / shown))
                 live.refresh()
             yield row
 
 
-def _cells(row: dict[str, Any], rounds: int, spent_s: float) -> list[str]:
+def _cells(row: dict[str, Any], rounds: int, round_s: float) -> list[str]:
     done = row["round"] + 1
-    left_s = spent_s / done * (rounds - done)
+    left_s = round_s * (rounds - done)
     scored = "test_accuracy" in row
     failed = f" ({row['failed']} failed)" if row["failed"] else ""
     return [

@@ -3,7 +3,8 @@
     sample a cohort -> decide who holds which slots -> send them down -> train on the devices
     -> collect the updates -> aggregate -> next state
 
-A round does no input or output of its own: the engine carries bytes, and the caller writes records.
+A round does no input or output of its own: the engine carries bytes, `collect.py` asks until enough answers
+are good, and the caller writes records.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,9 +32,11 @@ from polyrank.aggregation import Aggregated, Aggregation
 from polyrank.aggregation.error import aggregation_error
 from polyrank.aggregation.product import rebalanced
 from polyrank.allocation import Allocation, Legend, LossBased
-from polyrank.clock import Clock, Priced
-from polyrank.engine.base import Answer, Engine
+from polyrank.clock import Clock
+from polyrank.collect import Failures, Learned, Reply, collect_quorum
+from polyrank.engine.base import Engine
 from polyrank.errors import RunError
+from polyrank.gate import decode_scores
 from polyrank.messages import (
     MISSING_FOLDS,
     ClientId,
@@ -45,15 +49,13 @@ from polyrank.messages import (
     training_at,
 )
 from polyrank.received import Received, Updates
-from polyrank.sampling import Sampling
+from polyrank.sampling import Sampling, spare_clients
 from polyrank.seed import seed_for
-from polyrank.state import ClientRecord, ServerState
+from polyrank.state import ClientRecord, ServerState, version
 from polyrank.voting import RankShares, Voting, vote_shares
 from polyrank.wire import (
     ALL_PARTS,
     WireError,
-    decode_scores,
-    decode_update,
     encode_task,
     trained_parts,
 )
@@ -68,6 +70,7 @@ class Federation:
     Args:
         untrained: whether a client also holds, frozen, the active slots that it does not train.
         voting: how clients and server shrink the set of active slots; None keeps all.
+        failures: what a round does about clients that fail.
         validate: loss of one client's model on texts the server keeps, for loss-based allocation.
         clock: what every session would take on the client's device; None simulates no devices.
     """
@@ -80,39 +83,9 @@ class Federation:
     rounds: int
     untrained: Untrained = "absent"
     voting: Voting | None = None
+    failures: Failures = field(default_factory=Failures)
     validate: Callable[[ServerState, ClientUpdate], float] | None = None
     clock: Clock | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What the server notes of an update besides its numbers: slots kept, examples, metrics, votes."""
-
-    mask: RankMask
-    num_examples: int
-    metrics: Mapping[str, float]
-    votes: RankMask | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One client's part in one round, with the bytes that really travelled.
-
-    Args:
-        learned: None where there is no usable update; then ``error`` says why.
-        counts: whether its update is aggregated; False when it trained only to be scored, or came late.
-        priced: what the session costs on its simulated device, where there is one.
-    """
-
-    client: ClientId
-    slots: int
-    bytes_down: int
-    bytes_up: int
-    wall_s: float
-    learned: Learned | None
-    error: str | None
-    counts: bool = True
-    priced: Priced | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,33 +127,46 @@ class ClientEvaluation:
     bytes_up: int
 
 
-def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, RoundRecord]:
+def federated_round(
+    fed: Federation, state: ServerState, journal: Path | None = None
+) -> tuple[ServerState, RoundRecord]:
     """Run one round.
 
-    Raises: RunError when no client of the cohort gave a usable update.
+    Args:
+        journal: where updates are kept as they come; a round that is run again goes on with them.
+
+    Raises: RunError when too few clients of the cohort gave a usable update.
     """
     population = [client.id for client in fed.engine.clients()]
     cohort = fed.sampling.sample(population, state.seed, state.round)
     everybody = isinstance(fed.allocation, LossBased) and fed.allocation.scores_in(state.round)
-    asked = population if everybody else cohort
-    plan = fed.allocation.allocate(state, asked)
-    drawn = drawn_as(fed, state)
-    received = Received(lambda client: make_task(fed, state, plan[client], client, drawn))
-    with contextlib.closing(received):
-        replies = collect(fed.engine, asked, received)
+    first_wave = population if everybody else cohort
+    spares = spare_clients(population, state.seed, state.round)
+    plan = dict(fed.allocation.allocate(state, first_wave))
+    drawn, base = drawn_as(fed, state), version(state)
+
+    def task(client: ClientId) -> TrainTask:
+        if client not in plan:  # it replaces one that failed
+            plan.update(fed.allocation.allocate(state, [client]))
+        asked = replace(make_task(fed, state, plan[client], client, drawn), base=base)
+        if received.attempts.get(client, 0) > 0:  # it may have failed because it lost its folds
+            asked = replace(asked, folds=Folds(0, state.folds))
+        return asked
+
+    with contextlib.closing(Received(task, journal)) as received:
+        try:
+            replies = collect_quorum(fed.engine, fed.failures, first_wave, cohort, spares, received)
+        except RunError as error:
+            raise RunError(f"round {state.round}: {error}") from error
         replies, simulated_s = timed(fed, state, replies, received)
-        replies = [replace(reply, counts=reply.counts and reply.client in set(cohort)) for reply in replies]
         usable = [reply.client for reply in replies if reply.learned is not None and reply.counts]
-        if not usable:
-            reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
-            raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
         training = training_at(fed.training, state.round, fed.rounds)
-        merged, error = merge(fed, state, Updates(received, usable), training)
+        merged, apart = merge(fed, state, Updates(received, usable), training)
         after = advance(fed, state, merged, replies, received)
     active = {name: int(held.sum()) for name, held in state.active.items()}
     budget = None if fed.voting is None else fed.voting.budget(state.adapter, state.round, fed.rounds)
     rate = training.learning_rate
-    return after, RoundRecord(state.round, rate, error, replies, active, budget, simulated_s)
+    return after, RoundRecord(state.round, rate, apart, replies, active, budget, simulated_s)
 
 
 def merge(
@@ -252,62 +238,28 @@ def _missed(state: ServerState, client: ClientId) -> Folds:
     return Folds(first, state.folds[first:])
 
 
-def collect(engine: Engine, clients: Sequence[ClientId], received: Received) -> list[Reply]:
-    """Send every client its task, check and keep every answer; replies stand in the order of the clients."""
-    sizes: dict[ClientId, int] = {}
-
-    def requests() -> Iterator[tuple[ClientId, bytes]]:
-        for client in clients:
-            request = encode_task(received.task(client))
-            sizes[client] = len(request)
-            yield client, request
-
-    registered = {client.id: client.num_examples for client in engine.clients()}
-    replies = {}
-    for answer in engine.exchange(requests()):
-        task = received.task(answer.client)
-        replies[answer.client] = _check(task, sizes[answer.client], answer, registered[answer.client])
-        if replies[answer.client].learned is not None and answer.payload is not None:
-            received.keep(answer.client, answer.payload)
-    return [replies.get(client) or _silent(received.task(client), sizes[client]) for client in clients]
-
-
-def _check(task: TrainTask, bytes_down: int, answer: Answer, num_examples: int) -> Reply:
-    bytes_up, learned, error = len(answer.payload or b""), None, answer.error
-    if answer.payload is not None:
-        try:
-            update = decode_update(answer.payload, task, num_examples)
-            learned = Learned(update.mask, update.num_examples, update.metrics, update.votes)
-        except WireError as refusal:
-            error = f"refused: {refusal}"
-    return Reply(task.client, num_slots(task.mask), bytes_down, bytes_up, answer.wall_s, learned, error)
-
-
-def _silent(task: TrainTask, bytes_down: int) -> Reply:
-    return Reply(task.client, num_slots(task.mask), bytes_down, 0, 0.0, None, "no answer")
-
-
 def timed(
     fed: Federation, state: ServerState, replies: Sequence[Reply], received: Received
 ) -> tuple[list[Reply], float | None]:
-    """The replies with what they cost on simulated devices, and when the server went on without the late."""
+    """The replies with what they cost on simulated devices, and when the server went on without the late.
+
+    Raises: RunError when all came late.
+    """
     if fed.clock is None:
         return list(replies), None
-    priced = []
-    for reply in replies:
-        known = state.clients.get(reply.client, ClientRecord())
-        task = received.task(reply.client)
-        priced.append(fed.clock.price(task, known, reply.bytes_down, reply.bytes_up))
-    end = fed.clock.end_of(priced)
-    return [
-        replace(
-            reply,
-            priced=one,
-            counts=one.cost.total_s <= end,
-            error=reply.error or (None if one.cost.total_s <= end else "late"),
-        )
-        for reply, one in zip(replies, priced, strict=True)
-    ], end
+    clock, found = fed.clock, list(replies)
+    for place, reply in enumerate(replies):
+        if reply.client in received.attempts:
+            task, known = received.task(reply.client), state.clients.get(reply.client, ClientRecord())
+            priced = clock.price(task, known, reply.bytes_down, reply.bytes_up)
+            found[place] = replace(reply, priced=priced)
+    end = clock.end_of([reply.priced for reply in found if reply.priced is not None])
+    for place, reply in enumerate(found):
+        if reply.priced is not None and reply.priced.cost.total_s > end:
+            found[place] = replace(reply, counts=False, error=reply.error or "late")
+    if not any(reply.learned is not None and reply.counts for reply in found):
+        raise RunError(f"round {state.round}: no update came within {end:.1f} simulated seconds")
+    return found, end
 
 
 def advance(

@@ -50,3 +50,8 @@ def _draw(clients: Sequence[ClientId], count: int, seed: int, round_: int) -> li
     draw = random.Random(seed_for(seed, "sampling", round_))
     chosen = set(draw.sample(list(clients), min(count, len(clients))))
     return [client for client in clients if client in chosen]
+
+
+def spare_clients(clients: Sequence[ClientId], seed: int, round_: int) -> list[ClientId]:
+    """Everybody in the order in which they replace clients that fail in a round."""
+    return random.Random(seed_for(seed, "spares", round_)).sample(list(clients), len(clients))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from polyrank.adapter import Adapter, Head, RankMask
+from polyrank.adapter import Adapter, Head, RankMask, fingerprint
 from polyrank.messages import ClientId
 
 
@@ -75,3 +76,12 @@ class ServerState:
     clients: Mapping[ClientId, ClientRecord] = field(default_factory=dict)
     folds: Sequence[Adapter] = ()
     shares: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def version(state: ServerState) -> str:
+    """A short digest of what clients start from: the round, the bank, the head and the folds."""
+    digest = hashlib.blake2b(f"{state.round} {len(state.folds)}".encode(), digest_size=8)
+    digest.update(fingerprint(state.adapter).encode())
+    for tensor in state.head.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

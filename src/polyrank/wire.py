@@ -1,6 +1,7 @@
 """Messages as bytes: the only codec, and the only place where a message gets its size.
 
-A message is one safetensors buffer. Numbers travel as three flat tensors, meaning as one JSON text:
+A message is a digest of 16 bytes and one safetensors buffer. Numbers travel as flat tensors, meaning as one
+JSON text:
 
     adapter   float32   B, e, A of each held module, module after module
     head      float32   the head's parameters
@@ -13,11 +14,12 @@ A message is one safetensors buffer. Numbers travel as three flat tensors, meani
 A task carries the shapes. An update carries none: its schema is that of the task it answers, so a
 reply of any other size is refused before it is read. Only the factors that trained come up, and an A
 that never changes goes down as its seed. Flat tensors keep the overhead at about 60 bytes a module.
-No pickle anywhere.
+What comes up is opened here and judged in `gate.py`. No pickle anywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,10 +39,6 @@ from polyrank.adapter import (
     RankMask,
     fresh_slots,
     full_mask,
-    mask_minus,
-    num_slots,
-    over_bank,
-    restrict,
     within,
 )
 from polyrank.messages import (
@@ -49,18 +47,29 @@ from polyrank.messages import (
     ClientUpdate,
     EvaluateTask,
     Folds,
+    Reason,
     Task,
     Training,
     TrainTask,
 )
 
-FORMAT = 1
+FORMAT = 2
+MAX_REPLY_HEADER = 8192
 ALL_PARTS = frozenset({"B", "e", "A"})
 _METADATA = "polyrank"
+_DIGEST_BYTES = 16
 
 
 class WireError(ValueError):
-    """Bytes that are not the message that was expected."""
+    """Bytes that are not the message that was expected.
+
+    Args:
+        reason: the kind of refusal, by which refusals are counted.
+    """
+
+    def __init__(self, message: str, reason: Reason = "header") -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
 
 
 # --- tasks: server to client -----------------------------------------------------------------
@@ -81,7 +90,7 @@ def encode_task(task: Task) -> bytes:
     tensors = {"head": flatten(task.head.values()), "mask": pack_bits(task.mask)}
     if isinstance(task, TrainTask):
         training = task.training.model_dump(exclude_defaults=True)
-        meaning |= {"seed": task.seed, "training": training}
+        meaning |= {"seed": task.seed, "training": training, "attempt": task.attempt, "base": task.base}
         if any(not torch.equal(task.trained[name], held) for name, held in task.mask.items()):
             tensors["trained"] = pack_bits(task.trained)
         if task.ballot is not None:
@@ -119,8 +128,9 @@ def decode_task(data: bytes) -> Task:
             training = Training.model_validate(meaning["training"])
             trained = unpack_bits(tensors["trained"], sizes) if "trained" in tensors else mask
             ballot = Ballot(**meaning["ballot"]) if "ballot" in meaning else None
-            seed = meaning["seed"]
-            return TrainTask(*common, seed, mask, trained, adapter, head, training, folds, drawn, ballot)
+            task = TrainTask(*common, meaning["seed"], mask, trained, adapter, head, training, folds)
+            asked = {"attempt": meaning["attempt"], "base": meaning["base"]}
+            return replace(task, drawn=drawn, ballot=ballot, **asked)
         if meaning["kind"] == "evaluate":
             return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"], folds)
     except (KeyError, TypeError, ValueError) as error:
@@ -141,57 +151,12 @@ def encode_update(update: ClientUpdate, task: TrainTask) -> bytes:
         tensors["mask"] = pack_bits(update.mask)
     if update.votes is not None:
         tensors["votes"] = pack_bits(within(update.votes, task.trained))
-    return _encode(_reply("update", update), tensors)
+    return _encode(_reply("update", update) | {"attempt": task.attempt, "base": task.base}, tensors)
 
 
 def encode_scores(scores: ClientScores) -> bytes:
     """The scores as bytes."""
     return _encode(_reply("scores", scores), {})
-
-
-def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None) -> ClientUpdate:
-    """The update that answers ``task``.
-
-    Args:
-        most_examples: how many the client registered; it may not claim more.
-
-    Raises: WireError when it answers something else, has another size, or holds a number that is
-        not finite.
-    """
-    meaning, tensors = _decode(data)
-    num_examples, metrics = _check_reply(meaning, "update", task)
-    if most_examples is not None and num_examples > most_examples:
-        raise WireError(f"num_examples is {num_examples}, registered were {most_examples}")
-    if missing := {"loss", "last_loss", "steps"} - set(metrics):
-        raise WireError(f"metrics lack {', '.join(sorted(missing))}")
-    mask = task.trained
-    if "mask" in tensors:
-        mask = unpack_bits(tensors["mask"], {name: bits.numel() for name, bits in mask.items()})
-        if num_slots(mask_minus(mask, task.trained)):
-            raise WireError("the update keeps slots that it was not given to train")
-    sent = restrict(task.adapter, within(mask, task.mask))
-    adapter = unflatten_adapter(_finite(tensors, "adapter"), sent, trained_parts(task.training))
-    head = unflatten(_finite(tensors, "head"), {n: tuple(t.shape) for n, t in task.head.items()})
-    votes = _decode_votes(tensors, task)
-    return ClientUpdate(task.round, task.client, mask, adapter, head, num_examples, metrics, votes)
-
-
-def _decode_votes(tensors: Mapping[str, Tensor], task: TrainTask) -> RankMask | None:
-    """The slots of the bank that were voted for; None where nobody asked."""
-    if task.ballot is None or task.ballot.masks:
-        return None
-    if "votes" not in tensors:
-        raise WireError("tensor votes is missing")
-    marked = unpack_bits(tensors["votes"], {name: int(held.sum()) for name, held in task.trained.items()})
-    if num_slots(marked) > task.ballot.budget:
-        raise WireError(f"{num_slots(marked)} votes, allowed are {task.ballot.budget}")
-    return over_bank(marked, task.trained)
-
-
-def decode_scores(data: bytes, task: EvaluateTask) -> ClientScores:
-    """Raises: WireError as `decode_update`."""
-    meaning, _ = _decode(data)
-    return ClientScores(task.round, task.client, *_check_reply(meaning, "scores", task))
 
 
 def _reply(kind: str, reply: ClientUpdate | ClientScores) -> dict[str, Any]:
@@ -205,31 +170,31 @@ def _reply(kind: str, reply: ClientUpdate | ClientScores) -> dict[str, Any]:
     }
 
 
-def _check_reply(meaning: dict[str, Any], kind: str, task: Task) -> tuple[int, dict[str, float]]:
-    expected = {"kind": kind, "round": task.round, "client": task.client}
-    for key, value in expected.items():
-        if meaning.get(key) != value:
-            raise WireError(f"{key} is {meaning.get(key)!r}, expected {value!r}")
-    count, metrics = meaning.get("num_examples"), meaning.get("metrics")
-    if type(count) is not int or count < 1:
-        raise WireError(f"num_examples is {count!r}, expected a count of at least 1")
-    if not isinstance(metrics, dict) or not all(_is_number(v) for v in metrics.values()):
-        raise WireError("metrics must be finite numbers by name")
-    return count, metrics
+def open_reply(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Meaning and tensors of a reply; what they say is for `gate.py` to check.
+
+    Raises: WireError when the bytes are not one message, spelt without anything that it does not need.
+    """
+    body = _unsealed(data)
+    size = int.from_bytes(body[:8], "little")
+    if size > MAX_REPLY_HEADER:
+        raise WireError(f"a header of {size} bytes, at most {MAX_REPLY_HEADER} are possible")
+    try:
+        header = json.loads(body[8 : 8 + size], object_pairs_hook=_once)
+        if list(header.pop("__metadata__")) != [_METADATA]:
+            raise WireError("metadata besides that of polyrank")
+        if any(set(entry) != {"dtype", "shape", "data_offsets"} for entry in header.values()):
+            raise WireError("a tensor that is described by other keys")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WireError(f"not a polyrank message: {error}") from error
+    return _decode(data)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise WireError(f"tensor {name} is missing")
-    if tensors[name].dtype != torch.float32:
-        raise WireError(f"tensor {name}: expected float32, found {tensors[name].dtype}")
-    if tensors[name].numel() and not all(map(math.isfinite, torch.aminmax(tensors[name]))):
-        raise WireError(f"tensor {name} holds a number that is not finite")
-    return tensors[name]
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise WireError("a key stands there twice")
+    return found
 
 
 # --- flat tensors and bits -------------------------------------------------------------------
@@ -260,7 +225,8 @@ def unflatten(flat: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     sizes = [math.prod(shape) for shape in shapes.values()]
     if flat.ndim != 1 or flat.dtype != torch.float32 or flat.numel() != sum(sizes):
         found = f"{flat.dtype} {list(flat.shape)}"
-        raise WireError(f"expected float32 [{sum(sizes)}], found {found}")
+        reason: Reason = "dtype" if flat.dtype != torch.float32 else "shape"
+        raise WireError(f"expected float32 [{sum(sizes)}], found {found}", reason)
     parts = torch.split(flat, sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
@@ -296,7 +262,8 @@ def unpack_bits(packed: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """
     total = sum(sizes.values())
     if packed.ndim != 1 or packed.dtype != torch.uint8 or packed.numel() != -(-total // 8):
-        raise WireError(f"expected the bits of {total} slots, found {list(packed.shape)}")
+        reason: Reason = "dtype" if packed.dtype != torch.uint8 else "shape"
+        raise WireError(f"expected the bits of {total} slots, found {list(packed.shape)}", reason)
     bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=total).astype(bool))
     return dict(zip(sizes, torch.split(bits, list(sizes.values())), strict=True))
 
@@ -355,14 +322,27 @@ def _decode_folds(meaning: dict[str, Any], tensors: Mapping[str, Tensor]) -> Fol
 
 def _encode(meaning: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     text = json.dumps(meaning, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return save(tensors, metadata={_METADATA: text})
+    return sealed(save(tensors, metadata={_METADATA: text}))
+
+
+def sealed(body: bytes) -> bytes:
+    """A message: the digest of its body, and the body. It finds damage, not forgery."""
+    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() + body
+
+
+def _unsealed(data: bytes) -> bytes:
+    body = data[_DIGEST_BYTES:]
+    if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != data[:_DIGEST_BYTES]:
+        raise WireError("not a polyrank message, or one that was damaged on its way", "digest")
+    return body
 
 
 def _decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    body = _unsealed(data)
     try:
-        size = int.from_bytes(data[:8], "little")
-        meaning = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_METADATA])
-        tensors = load(data)
+        size = int.from_bytes(body[:8], "little")
+        meaning = json.loads(json.loads(body[8 : 8 + size])["__metadata__"][_METADATA])
+        tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"not a polyrank message: {error}") from error
     if not isinstance(meaning, dict) or meaning.get("format") != FORMAT:

@@ -38,11 +38,12 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
 
     from polyrank.adapter import prefix_mask, restrict
     from polyrank.aggregation import Aggregation
+    from polyrank.collect import collect
     from polyrank.config import make_config
     from polyrank.evaluation import evaluate
     from polyrank.experiment import prepare
     from polyrank.received import Received, Updates
-    from polyrank.round import collect, make_task
+    from polyrank.round import make_task
     from studies.replication_padding import run as study
 
     given = study.config(folder, seed, {"adapter": {"rank": study.HIGH}})

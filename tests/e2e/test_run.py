@@ -69,7 +69,7 @@ def test_the_run_folder_is_complete(finished):
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert names == {
         *("config.json", "versions.json", "partition.json", "rounds.jsonl", "clients.jsonl", "summary.json"),
-        *("client_scores.jsonl", "state.safetensors", "report.html"),
+        *("client_scores.jsonl", "state.safetensors", "report.html", ".lock"),
         *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"),
     }
     summary = json.loads((out / "summary.json").read_text())

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyrank.adapter import embed, num_slots, restrict
+from polyrank.gate import decode_update
 from polyrank.messages import Training, TrainTask
-from polyrank.wire import decode_task, decode_update, encode_task, encode_update, pack_bits, unpack_bits
+from polyrank.wire import decode_task, encode_task, encode_update, pack_bits, unpack_bits
 from tests.builders import SHAPES, largest_difference, random_adapter, random_head, update_of
 
 RANK = 5

@@ -19,11 +19,12 @@ from polyrank.adapter import (
     within,
 )
 from polyrank.aggregation import Anchored, ReplicationPadding
+from polyrank.gate import decode_update
 from polyrank.importance import Scores, highest
 from polyrank.messages import Training
 from polyrank.round import federated_round, make_task
 from polyrank.voting import Voting, best_slots, strongest, vote_shares
-from polyrank.wire import WireError, decode_update, encode_task, encode_update
+from polyrank.wire import WireError, encode_task, encode_update
 from tests.builders import largest_difference, random_adapter, state_of
 from tests.unit.test_methods import rounds, two_tiers
 from tests.unit.test_round import federation

@@ -12,13 +12,14 @@ from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
 from polyrank.client import answer_together
 from polyrank.engine.embedded import EmbeddedEngine, groups
 from polyrank.fused import Shares, add_padded, add_products, own_heads, stack_factors
+from polyrank.gate import decode_update
 from polyrank.lowrank import installed
 from polyrank.messages import Training, TrainTask
 from polyrank.models.load import read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
 from polyrank.session import ClientEnv, Trained, train, train_together
-from polyrank.wire import WireError, decode_update, encode_task
+from polyrank.wire import WireError, encode_task
 from tests.builders import largest_difference, random_adapter
 from tests.conftest import tiny_model
 from tests.unit.test_client import tokens

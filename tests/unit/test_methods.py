@@ -12,6 +12,7 @@ from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Sta
 from polyrank.allocation import LossBased, RandomSlotChoice, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
 from polyrank.client import catch_up
+from polyrank.collect import Failures
 from polyrank.config import make_config
 from polyrank.errors import RunError
 from polyrank.evaluation import predict
@@ -148,7 +149,7 @@ class Recording:
     """An engine that remembers the requests that pass through it."""
 
     def __init__(self, engine):
-        self.engine, self.seen = engine, []
+        self.engine, self.seen, self.fuse = engine, [], engine.fuse
 
     def clients(self):
         return self.engine.clients()
@@ -235,6 +236,11 @@ def test_a_client_that_lost_its_folds_gets_them_again():
     fed, state = federation(aggregation=Stacking())
     state, _ = rounds(fed, state, 2)
     fresh, _ = federation(aggregation=Stacking())  # as after a restart: every device is empty again
+    after, record = federated_round(fresh, state)  # asked again, they get them in the same round
+    assert [(r.client, r.attempt) for r in record.replies if r.error is None] == [
+        (f"c{i}", 1) for i in range(4)
+    ]
+    fresh, _ = federation(aggregation=Stacking(), failures=Failures(quorum=0, retries=0))
     with pytest.raises(RunError, match="MissingFoldsError: folds 0 to 0 never came"):
         federated_round(fresh, state)
     engine = fresh.engine.engine

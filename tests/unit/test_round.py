@@ -11,6 +11,7 @@ import torch
 from polyrank.adapter import full_mask, new_adapter
 from polyrank.aggregation import FedAvg
 from polyrank.allocation import Uniform
+from polyrank.collect import collect
 from polyrank.data.tokens import Tokens
 from polyrank.engine.base import Answer
 from polyrank.engine.embedded import EmbeddedEngine
@@ -19,7 +20,7 @@ from polyrank.messages import Training
 from polyrank.models.load import read_head
 from polyrank.models.targets import resolve_targets
 from polyrank.received import Received, Updates
-from polyrank.round import Federation, collect, evaluate_clients, federated_round, make_task, training_at
+from polyrank.round import Federation, evaluate_clients, federated_round, make_task, training_at
 from polyrank.sampling import SampleAll, SampleCount, SampleShare
 from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
@@ -34,6 +35,10 @@ class Recorder:
     def __init__(self, engine, spoil=None):
         self.engine, self.spoil = engine, spoil or {}
         self.down, self.up = 0, 0
+
+    @property
+    def fuse(self):
+        return self.engine.fuse
 
     def clients(self):
         return self.engine.clients()

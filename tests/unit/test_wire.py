@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save
 
 from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
+from polyrank.gate import decode_scores, decode_update
 from polyrank.messages import ClientScores, EvaluateTask, Training, TrainTask
 from polyrank.wire import (
     WireError,
-    decode_scores,
     decode_task,
-    decode_update,
     encode_scores,
     encode_task,
     encode_update,
+    sealed,
 )
 from tests.builders import largest_difference, random_adapter, random_head, update_of
 
@@ -139,19 +139,21 @@ def test_one_number_that_is_not_finite_is_found_among_many(value):
 def test_a_reply_in_float64_or_without_a_tensor_is_refused():
     task = train_task()
     meaning = {
-        "format": 1,
+        "format": 2,
         "kind": "update",
         "round": 2,
         "client": "client-1",
+        "attempt": 0,
+        "base": "",
         "num_examples": 1,
         "metrics": {"loss": 1.0, "last_loss": 1.0, "steps": 1},
     }
     metadata = {"polyrank": json.dumps(meaning)}
     wide = save({"adapter": torch.zeros(28, dtype=torch.float64), "head": torch.zeros(8)}, metadata)
     with pytest.raises(WireError, match="expected float32"):
-        decode_update(wide, task)
+        decode_update(sealed(wide), task)
     with pytest.raises(WireError, match="tensor head is missing"):
-        decode_update(save({"adapter": torch.zeros(28)}, metadata), task)
+        decode_update(sealed(save({"adapter": torch.zeros(28)}, metadata)), task)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 8, b"hello, server, this is no message", b"\xff" * 64])
@@ -165,5 +167,8 @@ def test_a_task_with_a_lying_header_is_refused():
     assert good.count(b"[3,4") == 0
     lying = good.replace(b'\\"block.0.q\\",3,4', b'\\"block.0.q\\",3,9')
     assert lying != good
+    with pytest.raises(WireError, match="damaged on its way"):
+        decode_task(lying)
+    lying = sealed(lying[16:])
     with pytest.raises(WireError, match="expected float32"):
         decode_task(lying)

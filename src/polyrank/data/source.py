@@ -15,6 +15,7 @@ import pyarrow.parquet
 
 from polyrank.data.docstrings import load_docstrings
 from polyrank.data.texts import Corpus, Data, Texts
+from polyrank.durable import kind_at
 from polyrank.errors import InputError, choices, first_line
 from polyrank.seed import seed_for
 
@@ -58,7 +59,7 @@ def read_table(path: Path, key: str) -> pa.Table:
 
     Raises: InputError when it is missing, of another kind, or broken.
     """
-    if not path.is_file():
+    if kind_at(path) != "file":
         raise InputError(key, str(path), "no such file")
     quoted = pa.csv.ParseOptions(newlines_in_values=True)
     tabs = pa.csv.ParseOptions(delimiter="\t", newlines_in_values=True)
@@ -88,14 +89,15 @@ def _tables(data: Data) -> tuple[pa.Table, pa.Table | None]:
     if data.source.startswith("hub:"):
         return _hub_tables(data)
     path = Path(data.source)
-    if data.test is not None and not path.is_file():
+    found = kind_at(path)
+    if data.test is not None and found != "file":
         raise InputError("data.test", data.test, "goes with a data.source that is one file")
-    if path.is_dir():
+    if found == "folder":
         return (
             read_table(_file_in(path, "train"), "data.source"),
             read_table(_file_in(path, "test"), "data.source"),
         )
-    if not path.exists():
+    if found == "nothing":
         allowed = "must be 'docstrings', 'hub:OWNER/NAME', or a file or folder that exists"
         raise InputError("data.source", data.source, allowed)
     test = None if data.test is None else read_table(Path(data.test), "data.test")

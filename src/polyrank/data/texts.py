@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -75,3 +77,9 @@ class Corpus:
     train: Texts
     test: Texts
     label_names: Sequence[str]
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """sha256 of all texts, labels and label names in their order."""
+    parts = [[p.texts, p.pairs, list(map(int, p.labels)), p.groups] for p in (corpus.train, corpus.test)]
+    return hashlib.sha256(json.dumps([parts, list(corpus.label_names)]).encode()).hexdigest()

@@ -33,7 +33,14 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Carries requests to clients and answers back."""
+    """Carries requests to clients and answers back.
+
+    ``fuse`` is how many requests in a row are answered together, so that the last bits of one answer depend
+    on the others; 1 where each stands for itself.
+    """
+
+    @property
+    def fuse(self) -> int: ...
 
     def clients(self) -> Sequence[Client]:
         """The population, in a fixed order."""

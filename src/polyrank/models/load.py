@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ class BaseModel:
         skips: whether a stored prefix may stand in for its first blocks.
         folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
         reasons: why it does not pack or pool, by ``packing`` and ``pooling``.
+        digest: sha256 of its weights as they were loaded.
     """
 
     network: Any
@@ -54,6 +56,7 @@ class BaseModel:
     skips: bool = False
     folded: list[str] = field(default_factory=list)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 def packaged_model() -> Path:
@@ -134,7 +137,8 @@ def load_base(
         allowed = f"'{PACKAGED}', a model folder or a hub id that loads as a classifier ({reason})"
         raise InputError("model.name", name, allowed) from error
     new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
-    model = prepare(network, tokenizer, source, new, device)
+    digest = _weights_digest(network)
+    model = replace(prepare(network, tokenizer, source, new, device), digest=digest)
     if device.type == "cpu" and (bf16_is_fast() if base_dtype == "bf16" else fp32_pays()):
         pack_blocks(model.network, model.blocks, model.head_modules, base_dtype)
     return model
@@ -172,6 +176,15 @@ def prepare(
     ready = make_ready(network, blocks)
     parts = (network, tokenizer, source, blocks, ordered, device)
     return BaseModel(*parts, packs=ready.packs, pools=ready.pools, reasons=ready.reasons)
+
+
+def _weights_digest(network: nn.Module) -> str:
+    """sha256 of all parameters and buffers by name; about 1 s per 2 GB."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def logits_of(model: BaseModel, inputs: Mapping[str, Tensor]) -> Tensor:

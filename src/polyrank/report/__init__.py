@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from polyrank.durable import replace
 from polyrank.ledger import RunFolder
 from polyrank.report.devices import device_figures
 from polyrank.report.figures import bars, curve, heat_map, label_histogram
+
+REPORT = "report.html"
 
 
 def write_report(folder: RunFolder) -> None:
@@ -25,12 +29,7 @@ def write_report(folder: RunFolder) -> None:
         figures |= _slot_figures(rows, slots, summary["active_slots"])
     if "simulated_s" in rows[0]:
         figures |= device_figures(rows, folder.read_rows("clients.jsonl"))
-    client_scores = folder.read_rows("client_scores.jsonl")
-    if client_scores:
-        accuracies = sorted(row["accuracy"] for row in client_scores)
-        places = list(range(1, len(accuracies) + 1))
-        name = "Accuracy on each client's own texts, from the least"
-        figures[name] = bars("client", places, {"accuracy": accuracies})
+    figures |= _failures(rows) | _client_scores(folder.read_rows("client_scores.jsonl"))
     page = template("report.html.j2").render(
         summary=summary,
         headline=_headline(summary),
@@ -39,8 +38,9 @@ def write_report(folder: RunFolder) -> None:
         versions=dotted(folder.read("versions.json")),
         num_clients=len(partition["clients"]),
         died=dead_modules(slots),
+        reasons=summary["reasons"],
     )
-    (folder.path / "report.html").write_text(page, encoding="utf-8")
+    replace(folder.path / REPORT, page.encode())
 
 
 def _run_figures(
@@ -102,6 +102,26 @@ def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last:
             "round", _short(modules), [list(row["slots"].values()) for row in slots]
         ),
     }
+
+
+def _client_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The final accuracy on each client, where it was asked for."""
+    if not scores:
+        return {}
+    accuracies = sorted(row["accuracy"] for row in scores)
+    places = list(range(1, len(accuracies) + 1))
+    figure = bars("client", places, {"accuracy": accuracies})
+    return {"Accuracy on each client's own texts, from the least": figure}
+
+
+def _failures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many clients failed, were silent or were refused in each round, by reason."""
+    totals = sum((Counter(row["reasons"]) for row in rows), Counter[str]())
+    counts = {name: [row["reasons"].get(name, 0) for row in rows] for name, _ in totals.most_common()}
+    if not counts:
+        return {}
+    figure = bars("round", [row["round"] + 1 for row in rows], counts)
+    return {"Clients without a usable update": figure}
 
 
 def dead_modules(slots: list[dict[str, Any]]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from polyrank.errors import printable
+
 INK, GRID = "#010203", "#010204"
 SERIES = [f"#0102{10 + index:02x}" for index in range(8)]
 _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"} | {
@@ -24,6 +27,7 @@ _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"} | {
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "polyrank",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": INK,
@@ -93,7 +97,7 @@ def label_histogram(
             name = labels[first] if group == 1 else f"{labels[first]} .. {labels[last]}"
             axes.barh(shown, widths, left=left, color=SERIES[index], label=name, height=0.75)
             left = [low + width for low, width in zip(left, widths, strict=True)]
-        axes.set_yticks(shown, [clients[row][:24] for row in shown])
+        axes.set_yticks(shown, [printable(clients[row], 24) for row in shown])
         axes.invert_yaxis()
         left_out = f" (the first {len(shown)} of {len(clients)} clients)" if len(shown) < len(clients) else ""
         axes.set_xlabel(f"train texts{left_out}")
@@ -154,11 +158,13 @@ def _integer_ticks(axes: Axes, last: float) -> None:
 
 def _svg(figure: Figure, axes: Axes) -> Markup:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper left", ncols=4, fontsize=9)
+    figure.legend(handles, [printable(n, 40) for n in names], loc="upper left", ncols=4, fontsize=9)
     legend_inches = 0.12 + 0.19 * (1 + (len(names) - 1) // 4)
-    figure.tight_layout(rect=(0, 0, 1, 1 - legend_inches / figure.get_figheight()))
     target = io.StringIO()
-    figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names in any script
+        figure.tight_layout(rect=(0, 0, 1, 1 - legend_inches / figure.get_figheight()))
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)

@@ -1,0 +1,1 @@
+"""One study, run by its module `run`."""

@@ -1,0 +1,341 @@
+"""The gate: a bad reply is refused with its reason, and the model is that of the good clients to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import resource
+import struct
+import time
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from polyrank.engine.base import Answer
+from polyrank.gate import decode_scores, decode_update, most_bytes, outliers
+from polyrank.messages import ClientScores, EvaluateTask
+from polyrank.round import federated_round
+from polyrank.wire import WireError, encode_scores, encode_update, open_reply, sealed
+from tests.builders import largest_difference, random_adapter, random_head
+from tests.unit.test_round import federation
+from tests.unit.test_wire import train_task
+
+FLOATS = {"adapter": torch.float32, "head": torch.float32}
+
+
+def spelt(meaning, tensors, metadata=None):
+    text = json.dumps(meaning)
+    return sealed(save(tensors, {"polyrank": text, **(metadata or {})}))
+
+
+def changed(meaning=None, tensors=None, drop=()):
+    """A reply with some of its meaning or tensors replaced, and a good digest."""
+
+    def spoil(answer):
+        told, numbers = open_reply(answer.payload)
+        told |= meaning or {}
+        numbers = numbers | {name: make(numbers.get(name)) for name, make in (tensors or {}).items()}
+        kept = {name: tensor.contiguous() for name, tensor in numbers.items() if name not in drop}
+        return dataclasses.replace(answer, payload=spelt(told, kept))
+
+    return spoil
+
+
+def with_value(value):
+    def make(tensor):
+        tensor = tensor.clone()
+        tensor[3] = value
+        return tensor
+
+    return make
+
+
+def bits(value, count):
+    return lambda tensor: torch.full([count], value, dtype=torch.uint8)
+
+
+def body(answer, data):
+    return dataclasses.replace(answer, payload=data)
+
+
+METRICS = {"loss": 1.0, "last_loss": 1.0, "steps": 2}
+BAD = {
+    "nan": (changed(tensors={"adapter": with_value(float("nan"))}), "not_finite"),
+    "inf": (changed(tensors={"head": with_value(float("inf"))}), "not_finite"),
+    "wrong rank": (changed(tensors={"adapter": lambda t: t[: len(t) // 3]}), "shape"),
+    "(1, d)": (changed(tensors={"adapter": lambda t: t[None]}), "shape"),
+    "scalar": (changed(tensors={"head": lambda t: t[0]}), "shape"),
+    "float64": (changed(tensors={"adapter": lambda t: t.double()}), "dtype"),
+    "float16": (changed(tensors={"head": lambda t: t.half()}), "dtype"),
+    "missing key": (changed(drop=["head"]), "missing"),
+    "extra key": (changed(tensors={"more": lambda t: torch.ones(3)}), "extra"),
+    "votes nobody asked for": (
+        changed(tensors={"votes": lambda t: torch.ones(3, dtype=torch.uint8)}),
+        "extra",
+    ),
+    "too many mask bits": (changed(tensors={"mask": lambda t: torch.ones(9, dtype=torch.uint8)}), "shape"),
+    "no slot kept": (changed(tensors={"mask": lambda t: torch.zeros(3, dtype=torch.uint8)}), "empty"),
+    "weight -1": (changed({"num_examples": -1}), "examples"),
+    "weight 0": (changed({"num_examples": 0}), "examples"),
+    "weight nan": (changed({"num_examples": float("nan")}), "examples"),
+    "weight 1e12": (changed({"num_examples": 10**12}), "examples"),
+    "weight true": (changed({"num_examples": True}), "examples"),
+    "weight as text": (changed({"num_examples": "7"}), "examples"),
+    "loss nan": (changed({"metrics": {**METRICS, "loss": float("nan")}}), "metrics"),
+    "loss 1e300": (changed({"metrics": {**METRICS, "loss": 1e300}}), "metrics"),
+    "no steps": (changed({"metrics": {"loss": 1.0, "last_loss": 1.0}}), "metrics"),
+    "many metrics": (changed({"metrics": {**METRICS, **{f"m{i}": 1.0 for i in range(20)}}}), "metrics"),
+    "long name": (changed({"metrics": {**METRICS, "x" * 100: 1.0}}), "metrics"),
+    "all zero": (changed(tensors=dict.fromkeys(FLOATS, torch.zeros_like)), "all_zero"),
+    "empty": (lambda a: body(a, b""), "empty"),
+    "stale round": (changed({"round": 7}), "round"),
+    "round as text": (changed({"round": "0"}), "round"),
+    "another client": (changed({"client": "c2"}), "client"),
+    "another attempt": (changed({"attempt": 1}), "attempt"),
+    "wrong base": (changed({"base": "0" * 16}), "base"),
+    "no base": (lambda a: body(a, spelt(*without(a, "base"))), "base"),
+    "scores": (changed({"kind": "scores"}), "kind"),
+    "another format": (changed({"format": 1}), "header"),
+    "extra metadata": (lambda a: body(a, spelt(*open_reply(a.payload), {"more": "x"})), "header"),
+    "a flipped bit": (
+        lambda a: body(a, a.payload[:-9] + bytes([a.payload[-9] ^ 16]) + a.payload[-8:]),
+        "digest",
+    ),
+    "cut short": (lambda a: body(a, a.payload[:-4]), "digest"),
+    "too long": (lambda a: body(a, a.payload + bytes(20_000)), "too_large"),
+    "a thousand times the change": (changed(tensors={"adapter": lambda t: 1000 * t}), "norm"),
+    "failed": (lambda a: Answer(a.client, None, 0.0, "unplugged"), "failed"),
+    "silent": (lambda a: None, "no_answer"),
+}
+
+
+def without(answer, key):
+    meaning, tensors = open_reply(answer.payload)
+    return {name: value for name, value in meaning.items() if name != key}, tensors
+
+
+@pytest.fixture(scope="module")
+def good():
+    """The state after a round in which c1 gave nothing."""
+    return federated_round(*federation({"c1": lambda answer: None}))[0]
+
+
+def assert_same(after, good):
+    assert largest_difference(after.adapter, good.adapter) == 0
+    assert all(torch.equal(after.head[name], tensor) for name, tensor in good.head.items())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reply_is_refused_and_the_others_are_averaged(name, good):
+    spoil, reason = BAD[name]
+    after, record = federated_round(*federation({"c1": spoil}))
+    assert [(reply.client, reply.reason) for reply in record.replies if reply.reason] == [("c1", reason)]
+    assert_same(after, good)
+
+
+def test_every_reason_is_in_the_matrix():
+    from typing import get_args
+
+    from polyrank.messages import Reason
+
+    others = {"unasked", "duplicate", "votes", "slots"}  # below, and in test_voting.py
+    assert {reason for _, reason in BAD.values()} | others == set(get_args(Reason))
+
+
+def test_slots_that_were_not_assigned_are_refused():
+    task = train_task(rank=4, held=2)
+    update = dataclasses.replace(
+        update_for(task), mask={n: torch.ones(4, dtype=torch.bool) for n in task.mask}
+    )
+    full = dataclasses.replace(update, adapter=random_adapter(0, 4))
+    with pytest.raises(WireError, match="not given to train") as refusal:
+        decode_update(encode_update(full, task), task)
+    assert refusal.value.reason == "slots"
+
+
+def update_for(task):
+    from tests.builders import update_of
+
+    update = update_of(task.client, random_adapter(8, 4), task.mask, 10, random_head(5))
+    return dataclasses.replace(update, round=task.round)
+
+
+@pytest.mark.parametrize("second", ["the same", "another"])
+def test_the_first_of_two_answers_counts(second):
+    class Twice:
+        def __init__(self, engine):
+            self.engine, self.fuse = engine, engine.fuse
+
+        def clients(self):
+            return self.engine.clients()
+
+        def exchange(self, requests):
+            for answer in self.engine.exchange(requests):
+                yield answer
+                if answer.client == "c1":
+                    yield answer if second == "the same" else BAD["nan"][0](answer)
+            yield Answer("stranger\x1b[2J", b"hello", 0.0)
+
+    fed, state = federation()
+    whole, _ = federated_round(fed, state)
+    after, record = federated_round(dataclasses.replace(fed, engine=Twice(fed.engine)), state)
+    assert_same(after, whole)
+    reasons = [(reply.client, reply.reason) for reply in record.replies if reply.reason]
+    assert reasons == [("c1", "duplicate"), ("stranger [2J", "unasked")]
+    assert [r.client for r in record.replies if r.learned is not None] == ["c0", "c1", "c2", "c3"]
+
+
+def test_the_norm_bound_by_hand():
+    assert outliers({"a": 1.0, "b": 2.0, "c": 51.0}, 25) == {
+        "c": "changed 25.5 times the median of its cohort"
+    }
+    assert outliers({"a": 1.0, "b": 2.0, "c": 50.0}, 25) == {}
+    assert outliers({"a": 1.0, "b": 2.0, "c": float("inf")}, 25).keys() == {"c"}
+    assert outliers({"a": 1.0, "b": 2.0, "c": 51.0}, 0) == {}
+    assert outliers({"a": 1.0, "b": 51.0}, 25) == {}
+    assert outliers({"a": 0.0, "b": 0.0, "c": 1.0}, 25) == {}
+
+
+def test_scores_pass_the_same_gate():
+    bank = random_adapter(0, 2)
+    task = EvaluateTask(4, "c", {}, bank, random_head(1), 16)
+    scores = ClientScores(4, "c", 12, {"loss": 0.5})
+    assert decode_scores(encode_scores(scores), task) == scores
+    for data, reason in [
+        (b"", "empty"),
+        (bytes(20_000), "too_large"),
+        (encode_scores(dataclasses.replace(scores, round=3)), "round"),
+        (encode_scores(dataclasses.replace(scores, metrics={"loss": 1e12})), "metrics"),
+        (spelt(open_reply(encode_scores(scores))[0], {"more": torch.ones(2)}), "extra"),
+    ]:
+        with pytest.raises(WireError) as refusal:
+            decode_scores(data, task)
+        assert refusal.value.reason == reason
+
+
+# --- hostile bytes -----------------------------------------------------------------------------
+
+
+def mutated(data, draw):
+    """A few random edits, with a good digest half of the time, so that they reach the checks behind it."""
+    edited = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        place, kind = draw.randrange(len(edited)), draw.randrange(4)
+        if draw.random() < 0.7:
+            place = min(place, draw.randrange(600), len(edited) - 1)  # where the header is
+        if kind == 0:
+            edited[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del edited[place : place + draw.randint(1, 40)]
+        elif kind == 2:
+            edited[place:place] = draw.randbytes(draw.randint(1, 40))
+        else:
+            edited[place : place + 8] = draw.choice(
+                [b"\xff" * 8, bytes(8), b'{"a":[[[', b"1e999999", b"-9999999"]
+            )
+        edited = edited or bytearray(b"x")
+    return sealed(bytes(edited[16:])) if draw.random() < 0.5 else bytes(edited)
+
+
+def attack(count, seed):
+    task = train_task()
+    update = update_for(task)
+    data, draw = encode_update(update, task), random.Random(seed)
+    accepted, slowest, told, before = 0, 0.0, set(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(count):
+        hostile = mutated(data, draw)
+        start = time.thread_time()
+        try:
+            found = decode_update(hostile, task, 10)
+        except WireError as refusal:
+            told.add((refusal.reason, len(str(refusal)) < 600))
+        else:
+            accepted += 1
+            again = encode_update(found, task)
+            assert open_reply(again)[0] == open_reply(hostile)[0]  # it is what was sent, in every field
+            assert all(torch.equal(t, open_reply(hostile)[1][n]) for n, t in open_reply(again)[1].items())
+            if hostile[:16] == data[:16]:
+                assert hostile == data
+        slowest = max(slowest, time.thread_time() - start)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert all(short for _, short in told)
+    assert len(told) > 5  # many checks were reached
+    assert slowest < 0.05
+    assert grown_kib < 4 * 1024
+    return accepted
+
+
+def test_ten_thousand_hostile_updates():
+    accepted = attack(10_000, 0)
+    assert 0 < accepted < 2_000  # numbers that were changed and sealed again are what that client sent
+
+
+@pytest.mark.slow
+def test_a_million_hostile_updates():
+    attack(1_000_000, 1)
+
+
+def bombs():
+    """Small messages that ask for much: memory, time, or depth."""
+    header = {"__metadata__": {"polyrank": "{}"}}
+
+    def told(table, data=b""):
+        text = json.dumps(header | table).encode() if isinstance(table, dict) else table
+        return sealed(struct.pack("<Q", len(text)) + text + data)
+
+    def tensor(shape, offsets, dtype="F32"):
+        return {"adapter": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+    def meaning(text):
+        return told(json.dumps({"__metadata__": {"polyrank": text}}).encode())
+
+    yield "shape of a terabyte", told(tensor([2**38], [0, 2**40]))
+    yield "shape that overflows", told(tensor([2**32, 2**32], [0, 0]))
+    yield "negative shape", told(tensor([-1], [0, 4]))
+    yield "offsets past the end", told(tensor([1], [2**40, 2**40 + 4]))
+    yield "offsets backwards", told(tensor([1], [4, 0]), bytes(8))
+    yield "a shape of 2000 ones", told(tensor([1] * 2000, [0, 4]), bytes(4))
+    yield (
+        "2000 tensors",
+        told({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100)}),
+    )
+    yield (
+        "tensors that overlap",
+        told(tensor([2], [0, 8]) | {"head": tensor([2], [4, 12])["adapter"]}, bytes(12)),
+    )
+    yield "a hole between tensors", told(tensor([1], [4, 8]), bytes(8))
+    yield "bytes after the tensors", told(tensor([1], [0, 4]), bytes(400))
+    yield "an unknown dtype", told(tensor([1], [0, 4], "F1024"), bytes(4))
+    yield "bool for float", told(tensor([4], [0, 4], "BOOL"), bytes(4))
+    yield "a header longer than the message", sealed(struct.pack("<Q", 8000) + b"{}")
+    yield "a header of 2^63 bytes", sealed(struct.pack("<Q", 2**63) + b"{}")
+    yield "a header of 100 MB", sealed(struct.pack("<Q", 10**8) + b"{}")
+    yield "10 MB of digest", bytes(10**7)
+    yield "deep lists", told(b"[" * 7000)
+    yield "deep tables", told(b'{"a":' * 1500)
+    yield "deep meaning", meaning("[" * 7000)
+    yield "a number of 5000 digits", meaning("9" * 5000)
+    yield "a number past all floats", meaning('{"format": 2, "kind": 1e99999999}')
+    yield "the same key twice", told(b'{"__metadata__":{"polyrank":"{}"},"__metadata__":{"polyrank":"{}"}}')
+    yield "meaning that is a list", meaning("[1, 2]")
+    yield "half a character", told(b'{"__metadata__":{"polyrank":"\xff\xfe"}}')
+    yield "metadata that is no table", told(b'{"__metadata__": 3}')
+
+
+@pytest.mark.parametrize(("name", "data"), list(bombs()), ids=[name for name, _ in bombs()])
+def test_a_bomb_is_refused(name, data):
+    task = train_task()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    with pytest.raises(WireError):
+        decode_update(data, task)
+    assert time.thread_time() - start < 0.05
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024
+
+
+def test_the_size_limit_leaves_room_for_every_honest_answer():
+    for form in ("lora", "svd"):
+        task = train_task(form)
+        update = dataclasses.replace(update_for(task), adapter=random_adapter(8, 2, form))
+        assert len(encode_update(update, task)) < most_bytes(task)
