@@ -50,8 +50,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune across devices and leave a run folder with adapter and report."""
+    from polyrank.assemble import prepare
     from polyrank.config import load_config
-    from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.experiment import conduct, open_folder
     from polyrank.ledger import refuse_existing
 
     refuse_existing(out)

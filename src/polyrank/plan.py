@@ -13,10 +13,10 @@ from typing import Any
 
 from polyrank.adapter import RankMask, restrict, within
 from polyrank.allocation import Legend, Uniform
+from polyrank.assemble import prepare
 from polyrank.clock import Clock, Priced
 from polyrank.config import Config
 from polyrank.errors import InputError
-from polyrank.experiment import prepare
 from polyrank.messages import ClientId, ClientUpdate, TrainTask
 from polyrank.round import Federation, make_task
 from polyrank.state import ServerState

@@ -17,10 +17,10 @@ import torch
 
 from polyrank.adapter import RankMask, num_slots
 from polyrank.allocation import ProgressiveDepth, Tiers, Uniform
+from polyrank.assemble import prepare
 from polyrank.clock import FleetTable
 from polyrank.config import make_config
 from polyrank.errors import InputError
-from polyrank.experiment import prepare
 from polyrank.ledger import RunFolder, simulated_row
 from polyrank.round import Federation, make_task
 from polyrank.state import ServerState

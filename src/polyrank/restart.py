@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from polyrank import durable
+from polyrank.assemble import Experiment, prepare
 from polyrank.client import MissingFoldsError, catch_up
 from polyrank.commit import Committed, Manifest, newest, rewind
 from polyrank.errors import InputError
-from polyrank.experiment import JOURNAL, Experiment, Result, close_folder, conduct, describe, prepare
+from polyrank.experiment import JOURNAL, Result, close_folder, conduct, describe
 from polyrank.export import read_config
 from polyrank.ledger import RunFolder
 from polyrank.messages import Folds

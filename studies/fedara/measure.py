@@ -22,8 +22,8 @@ from statistics import median
 import torch
 
 from polyrank.adapter import RankMask, block_numbers, full_mask, num_slots
+from polyrank.assemble import Experiment, prepare
 from polyrank.config import make_config
-from polyrank.experiment import Experiment, prepare
 from polyrank.round import make_task
 from polyrank.session import ClientEnv, train
 

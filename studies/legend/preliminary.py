@@ -33,8 +33,9 @@ ARMS: dict[str, Sequence[int]] = {
 def run_arm(folder: Path, data: Path, ranks: Sequence[int], seed: int) -> dict[str, Any]:
     """One run whose active slots are so many in each block; done once."""
     from polyrank.adapter import block_numbers
+    from polyrank.assemble import prepare
     from polyrank.config import make_config
-    from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.experiment import conduct, open_folder
 
     if (folder / "summary.json").exists():
         found: dict[str, Any] = json.loads((folder / "summary.json").read_text())

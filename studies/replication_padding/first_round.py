@@ -38,10 +38,10 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
 
     from polyrank.adapter import prefix_mask, restrict
     from polyrank.aggregation import Aggregation
+    from polyrank.assemble import prepare
     from polyrank.collect import collect
     from polyrank.config import make_config
     from polyrank.evaluation import evaluate
-    from polyrank.experiment import prepare
     from polyrank.received import Received, Updates
     from polyrank.round import make_task
     from studies.replication_padding import run as study

@@ -30,7 +30,7 @@ LAYERS = [
     ["round"],
     ["config", "ledger", "checkpoint"],
     ["commit"],
-    ["export", "report", "doctor", "progress", "calibrate"],
+    ["export", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment"],
     ["restart"],
     ["compare", "plan", "replay"],

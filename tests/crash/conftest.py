@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from polyrank import durable, experiment, restart
-from polyrank.experiment import conduct, open_folder, prepare
+from polyrank.assemble import prepare
+from polyrank.experiment import conduct, open_folder
 from tests.small_runs import ended, forked, results, small_config
 
 

@@ -113,7 +113,8 @@ def test_other_data_or_another_model_is_refused(inputs, tmp_path):
     config = small_config(own)
 
     def start():
-        from polyrank.experiment import conduct, open_folder, prepare
+        from polyrank.assemble import prepare
+        from polyrank.experiment import conduct, open_folder
 
         experiment = prepare(config)
         rows = conduct(experiment, open_folder(experiment, tmp_path / "run"))
@@ -162,7 +163,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(prepared):
 
 def test_a_killed_server_leaves_no_lock_with_its_workers(inputs, tmp_path):
     """Workers are forks and outlive a killed server by up to a session; they must not keep its lock."""
-    from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.assemble import prepare
+    from polyrank.experiment import conduct, open_folder
 
     changes = ("engine.workers=2", "training.local_steps=4000", "rounds=1")
     experiment, out = prepare(small_config(inputs, "plain", *changes)), tmp_path / "run"
@@ -195,7 +197,8 @@ def test_every_stateful_method_is_among_the_killed():
 
 def test_a_run_its_resume_and_its_export_unpickle_nothing(inputs, tmp_path):
     """Python tells an audit hook of every name that a pickle asks for."""
-    from polyrank.experiment import conduct, open_folder, prepare
+    from polyrank.assemble import prepare
+    from polyrank.experiment import conduct, open_folder
     from polyrank.export import export_run
 
     def work(control: bool) -> None:

@@ -63,9 +63,9 @@ def test_depth_grows_from_the_output():
 
 
 def test_a_federa_run_starts_as_the_base_model_and_serves_the_difference(tiny_settings):
+    from polyrank.assemble import prepare
     from polyrank.client import catch_up
     from polyrank.config import load_config
-    from polyrank.experiment import prepare
     from polyrank.export import served_adapter
     from polyrank.messages import Folds
     from polyrank.round import federated_round
@@ -83,8 +83,8 @@ def test_a_federa_run_starts_as_the_base_model_and_serves_the_difference(tiny_se
 
 
 def test_sparse_rounds_move_their_columns_alone_and_then_start_a_balanced_adapter(tiny_settings):
+    from polyrank.assemble import prepare
     from polyrank.config import load_config
-    from polyrank.experiment import prepare
     from polyrank.round import federated_round
 
     settings = [*tiny_settings, "method=slora", "rounds=3", "engine.workers=1", "training.sparse_rounds=2"]

@@ -1,0 +1,242 @@
+"""What a run needs before its first round: data, model, clients, engine, and a state to start from."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, restrict
+from polyrank.aggregation import Stacking
+from polyrank.allocation import Legend, LossBased, Tiers
+from polyrank.client import catch_up
+from polyrank.clock import Clock, make_clock
+from polyrank.collect import Failures
+from polyrank.config import Config
+from polyrank.data.partition import ClientRows, Natural, share_out
+from polyrank.data.source import load_corpus
+from polyrank.data.texts import Corpus, Texts, corpus_digest
+from polyrank.data.tokens import Tokens, tokenize
+from polyrank.engine.base import Engine
+from polyrank.engine.dropout import Dropout
+from polyrank.engine.embedded import EmbeddedEngine
+from polyrank.engine.workers import WorkerEngine
+from polyrank.errors import InputError
+from polyrank.evaluation import evaluate
+from polyrank.lowrank import fold, negated, weights_start
+from polyrank.messages import ClientUpdate, Folds
+from polyrank.models.load import BaseModel, load_base, pick_device, read_head
+from polyrank.models.prefix import PrefixCache, can_skip
+from polyrank.models.shape import shape_of
+from polyrank.models.targets import resolve_targets
+from polyrank.round import Federation, make_task
+from polyrank.sampling import SampleCount
+from polyrank.seed import seed_for
+from polyrank.session import ClientEnv
+from polyrank.state import ClientRecord, ServerState
+
+SCORES = "client_scores.jsonl"
+JOURNAL = "journal"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A federation that is ready to run, with what the server keeps for itself."""
+
+    config: Config
+    corpus: Corpus
+    clients: list[ClientRows]
+    model: BaseModel
+    test: Tokens
+    federation: Federation
+    start: ServerState
+    prefix: PrefixCache | None
+    environments: Mapping[str, ClientEnv]
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the result depends on besides the config."""
+        return {"data": corpus_digest(self.corpus), "model": self.model.digest}
+
+
+def prepare(config: Config) -> Experiment:
+    """Load data and model, share the data out, and set the federation up."""
+    torch.set_num_threads(config.engine.threads)
+    device = pick_device(config.device)
+    group = config.partition.column if isinstance(config.partition, Natural) else None
+    corpus = load_corpus(config.data, config.seed, group)
+    aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
+    corpus, kept = _keep_for_server(corpus, config)
+    clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
+    table = config.model
+    model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype)
+    model = replace(model, skips=can_skip(model))
+    shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
+    width = min(min(shape) for shape in shapes.values())
+    if config.adapter.rank > width:
+        allowed = f"at most the width of the narrowest adapted map, {width}"
+        raise InputError("adapter.rank", config.adapter.rank, allowed)
+    adapter, folds = _bank(config, model, shapes)
+    encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
+        raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
+    cache = _prefix_cache(config)
+    environments = {
+        rows.client: ClientEnv(
+            model,
+            encoded.select(rows.train),
+            encoded.select(rows.holdout) if rows.holdout else None,
+            list(model.folded),
+            cache,
+        )
+        for rows in clients
+    }
+    federation = Federation(
+        engine=_engine(config, environments, device),
+        failures=config.failures,
+        sampling=config.sampling,
+        allocation=config.allocation,
+        aggregation=config.aggregation,
+        training=config.training,
+        rounds=config.rounds,
+        untrained=config.adapter.untrained,
+        voting=config.voting,
+        validate=None if kept is None else _validation(config, model, kept),
+        clock=_clock(config, model, environments),
+    )
+    test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
+    opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
+    start = _start(config, federation, opening)
+    return Experiment(config, corpus, clients, model, test, federation, start, cache, environments)
+
+
+def _start(config: Config, fed: Federation, state: ServerState) -> ServerState:
+    """The state before the first round: what each device says of itself, and the slots in use.
+
+    Raises: InputError when a tier names what is not there, or a device has no room for its first session.
+    """
+    records = {client.id: ClientRecord(len(state.folds)) for client in fed.engine.clients()}
+    if fed.clock is not None:
+        for client, record in records.items():
+            capacity = fed.clock.register(client, state.adapter, config.training)
+            device = fed.clock.roster.device_of(client)
+            records[client] = replace(record, device=device, capacity=capacity)
+    if isinstance(config.allocation, Tiers):
+        devices = {client: record.device for client, record in records.items()}
+        config.allocation.ranks(list(records), config.seed, devices)  # refuses unknown names
+    state = replace(state, clients=records)
+    if isinstance(config.allocation, Legend) and config.voting is not None:
+        state = replace(state, active=config.allocation.opening(state))
+    if fed.clock is not None and config.fleet is not None and not config.fleet.ignore_memory:
+        _refuse_what_does_not_fit(fed, fed.clock, state)
+    return state
+
+
+def _refuse_what_does_not_fit(fed: Federation, clock: Clock, state: ServerState) -> None:
+    plan = fed.allocation.allocate(state, list(state.clients))
+    for client, record in state.clients.items():
+        priced = clock.price(make_task(fed, state, plan[client], client), record, 0, 0)
+        if not priced.fits:
+            needs, has = (f"{size / 1e9:.2f} GB" for size in (priced.cost.memory_bytes, priced.limit_bytes))
+            allowed = (
+                f"cannot fit: {client} ({priced.device}) needs {needs} for {priced.depth} blocks, and may "
+                f"take {has}; adapt fewer blocks, lower training.batch_size, or set fleet.ignore_memory"
+            )
+            raise InputError("allocation.kind", fed.allocation.kind, allowed)
+
+
+def _clock(config: Config, model: BaseModel, environments: Mapping[str, ClientEnv]) -> Clock | None:
+    """The clock of the simulated devices, or None where none are simulated."""
+    if config.fleet is None:
+        return None
+    texts = {client: (len(env.train), int(env.train.starts[-1])) for client, env in environments.items()}
+    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0)
+
+
+def _bank(
+    config: Config, model: BaseModel, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[Adapter, list[Adapter]]:
+    """The slots that a run begins with, and the fold by which the frozen weights lose them, if any."""
+    table = config.adapter
+    columns = config.training.sparse_rounds > 0
+    adapter = new_adapter(
+        shapes, form=table.form, rank=table.rank, scale=table.scale, seed=config.seed, columns=columns
+    )
+    if table.start == "zero":
+        return adapter, []
+    adapter = weights_start(model.network, adapter)
+    away = negated(adapter)
+    fold(model.network, away)
+    model.folded.append(fingerprint(away))
+    return adapter, [away]
+
+
+def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
+    """One process, or several where the machine can fork and the CPU does the work."""
+    if config.failures.dropout > 0:
+        steady = config.model_copy(update={"failures": Failures()})
+        return Dropout(_engine(steady, environments, device), config.failures.dropout, config.seed)
+    wanted, fuse = config.engine.workers or (os.cpu_count() or 1), _fuse(config, environments, device)
+    if config.engine.threads > 1:  # a fork of a process that already ran several threads would hang
+        wanted = 1
+    if device.type == "cpu" and sys.platform == "linux" and min(wanted, len(environments)) > 1:
+        return WorkerEngine(environments, min(wanted, len(environments)), fuse)
+    return EmbeddedEngine(environments, fuse)
+
+
+def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> int:
+    """How many clients share a pass: on a CPU it pays where a step is smaller than about 500 tokens."""
+    if isinstance(config.aggregation, Stacking):
+        return 1  # each client stays with the worker that has its folds
+    if config.engine.fuse is not None:
+        return config.engine.fuse
+    texts = sum(len(env.train) for env in environments.values())
+    tokens = sum(int(env.train.starts[-1]) for env in environments.values())
+    step = config.training.batch_size * tokens / max(1, texts)
+    return max(1, min(64, int((32_768 if device.type == "cuda" else 512) / step)))
+
+
+def _prefix_cache(config: Config) -> PrefixCache | None:
+    """A cache in a temporary folder that goes with the process, or None where there is no room for one."""
+    if config.engine.prefix_gb == 0:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="polyrank-prefix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return PrefixCache(folder, int(config.engine.prefix_gb * 1e9), config.engine.prefix_dtype)
+
+
+def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:
+    """Keep some train texts with the server, where the config says so or the policy needs them."""
+    policy, train = config.allocation, corpus.train
+    needed = 200 if isinstance(policy, LossBased) and policy.score == "server" else 0
+    kept = config.evaluation.validation_texts or needed
+    if kept == 0:
+        return corpus, None
+    order = np.random.default_rng(seed_for(config.seed, "validation")).permutation(len(train)).tolist()
+    if len(train) <= kept:
+        raise InputError("evaluation.validation_texts", kept, f"less than the {len(train)} train texts")
+    rest = train.select(sorted(order[kept:]))
+    return Corpus(rest, corpus.test, corpus.label_names), train.select(sorted(order[:kept]))
+
+
+def _validation(
+    config: Config, model: BaseModel, kept: Texts
+) -> Callable[[ServerState, ClientUpdate], float]:
+    """The loss of one client's model on the server's own texts."""
+    data = tokenize(kept, model.tokenizer, config.model.max_length)
+
+    def loss(state: ServerState, update: ClientUpdate) -> float:
+        catch_up(model, [], Folds(0, state.folds))
+        adapter = update.adapter
+        if config.adapter.untrained == "frozen":  # the client's model also holds what it did not train
+            adapter = restrict(embed(adapter, update.mask, state.adapter), state.active)
+        return evaluate(model, adapter, update.head, data, config.evaluation.batch_size)["loss"]
+
+    return loss
