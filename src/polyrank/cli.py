@@ -58,6 +58,8 @@ def run(
     resolved = load_config(config, settings or [])
     if not as_json:
         typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")
+        if resolved.robust is not None:
+            typer.echo(resolved.robust.limits())
     experiment = prepare(resolved)
     folder = open_folder(experiment, out)
     rows = conduct(experiment, folder)

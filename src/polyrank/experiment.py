@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, num_slots, restrict
-from polyrank.aggregation import Stacking
+from polyrank.aggregation import Rule, Stacking
 from polyrank.allocation import LossBased, Tiers
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import catch_up
@@ -49,9 +49,11 @@ from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
+from polyrank.privacy import PrivateMean
 from polyrank.report import write_report
+from polyrank.robust import RobustMean
 from polyrank.round import Federation, evaluate_clients, federated_round
-from polyrank.sampling import SampleCount
+from polyrank.sampling import SampleCount, SecretSampling, expected_share
 from polyrank.seed import seed_for
 from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
@@ -135,9 +137,9 @@ def prepare(config: Config) -> Experiment:
         engine=_engine(config, environments, device),
         sampling=config.sampling,
         allocation=config.allocation,
-        aggregation=config.aggregation,
+        aggregation=_rule(config, len(clients)),
         training=config.training,
-        rounds=config.rounds,
+        rounds=_rounds(config),
         untrained=config.adapter.untrained,
         voting=config.voting,
         validate=None if kept is None else _validation(config, model, kept),
@@ -161,6 +163,21 @@ def _bank(
     fold(model.network, away)
     model.folded.append(fingerprint(away))
     return adapter, [away]
+
+
+def _rule(config: Config, num_clients: int) -> Rule:
+    """The aggregation rule of the run, with robust means where the config asks for them."""
+    if config.robust is None:
+        return config.aggregation
+    config.robust.check_cohort(round(expected_share(config.sampling, num_clients) * num_clients))
+    return RobustMean(config.robust, config.aggregation)
+
+
+def _rounds(config: Config) -> int:
+    """Rounds of the run: all that were asked for, or those that the privacy budget pays for."""
+    if config.privacy is None:
+        return config.rounds
+    return config.privacy.affordable(config.sampling, config.rounds)
 
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
@@ -239,11 +256,12 @@ def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any
     """Run all rounds; yields each round's row as it is written, then the summary."""
     started = time.perf_counter()
     state, config = experiment.start, experiment.config
+    federation = in_private(experiment, folder)
     rows: list[dict[str, Any]] = []
     try:
-        for round_ in range(config.rounds):
-            state, record = federated_round(experiment.federation, state)
-            due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
+        for round_ in range(federation.rounds):
+            state, record = federated_round(federation, state)
+            due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == federation.rounds
             rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
             folder.append("rounds.jsonl", rows[-1:])
             folder.append("clients.jsonl", client_rows(record))
@@ -253,6 +271,18 @@ def conduct(experiment: Experiment, folder: RunFolder) -> Iterator[dict[str, Any
         yield finish(experiment, folder, state, rows, started)
     finally:
         experiment.federation.engine.close()
+
+
+def in_private(experiment: Experiment, folder: RunFolder) -> Federation:
+    """The federation of a run whose config asks for privacy: its noise and its record live in the folder."""
+    config, fed = experiment.config, experiment.federation
+    if config.privacy is None:
+        return fed
+    charges = config.privacy.open(folder.path, config.sampling)
+    share = expected_share(config.sampling, len(experiment.clients))
+    rule = PrivateMean(config.privacy, config.aggregation, config.allocation, share, charges)
+    sampling = SecretSampling(config.sampling, int.from_bytes(charges.key))
+    return replace(fed, aggregation=rule, sampling=sampling, private=True)
 
 
 def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:
@@ -291,6 +321,10 @@ def finish(
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "active_slots": num_slots(state.active),
     }
+    if config.privacy is not None:
+        summary |= {"epsilon": last["epsilon"], "delta": last["delta"]}
+    if config.robust is not None:
+        summary["robust_limits"] = config.robust.limits()
     if config.evaluation.per_client:
         summary |= _score_clients(experiment, folder, state)
     if experiment.prefix is not None:

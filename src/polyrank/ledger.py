@@ -156,22 +156,22 @@ def partition_table(corpus: Corpus, clients: Sequence[ClientRows]) -> dict[str, 
 def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[str, Any]:
     """One line of rounds.jsonl; test scores only in rounds that were scored."""
     replies = record.replies
-    row = {
+    row: dict[str, Any] = {
         "round": record.round,
         "cohort": sum(reply.counts for reply in replies),
         "failed": sum(reply.learned is None for reply in replies),
-        "train_loss": record.train_loss,
         "learning_rate": record.learning_rate,
-        "aggregation_error": record.aggregation_error,
         "steps": sum(int(r.learned.metrics["steps"]) for r in replies if r.learned is not None),
         "bytes_down": sum(reply.bytes_down for reply in replies),
         "bytes_up": sum(reply.bytes_up for reply in replies),
         "client_wall_s": sum(reply.wall_s for reply in replies),
         "active_slots": sum(record.active.values()),
     }
+    if not record.private:
+        row |= {"train_loss": record.train_loss, "aggregation_error": record.aggregation_error}
     if record.budget is not None:
         row["planned_slots"] = record.budget
-    return row | {f"test_{name}": value for name, value in (scores or {}).items()}
+    return row | dict(record.notes) | {f"test_{name}": value for name, value in (scores or {}).items()}
 
 
 def slot_row(record: RoundRecord) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
             "aggregated": reply.counts,
             "slots": reply.slots,
             "num_examples": reply.learned.num_examples if reply.learned else None,
-            "metrics": dict(reply.learned.metrics) if reply.learned else None,
+            "metrics": dict(reply.learned.metrics) if reply.learned and not record.private else None,
             "bytes_down": reply.bytes_down,
             "bytes_up": reply.bytes_up,
             "error": reply.error,

@@ -26,7 +26,7 @@ from polyrank.adapter import (
     prefix_mask,
     restrict,
 )
-from polyrank.aggregation import Aggregated, Aggregation
+from polyrank.aggregation import Aggregated, Rule
 from polyrank.aggregation.error import aggregation_error
 from polyrank.allocation import Allocation, LossBased
 from polyrank.engine.base import Answer, Engine
@@ -42,7 +42,7 @@ from polyrank.messages import (
     TrainTask,
 )
 from polyrank.received import Received, Updates
-from polyrank.sampling import Sampling
+from polyrank.sampling import Sampling, SecretSampling
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState
 from polyrank.voting import RankShares, Voting, vote_shares
@@ -65,17 +65,19 @@ class Federation:
     Args:
         untrained: whether a client also holds, frozen, the active slots that it does not train.
         voting: how clients and server shrink the set of active slots; None keeps all.
+        private: whether what clients say of their data stays out of every record, and a round may be empty.
         validate: loss of one client's model on texts the server keeps, for loss-based allocation.
     """
 
     engine: Engine
-    sampling: Sampling
+    sampling: Sampling | SecretSampling
     allocation: Allocation
-    aggregation: Aggregation
+    aggregation: Rule
     training: Training
     rounds: int
     untrained: Untrained = "absent"
     voting: Voting | None = None
+    private: bool = False
     validate: Callable[[ServerState, ClientUpdate], float] | None = None
 
 
@@ -115,6 +117,8 @@ class RoundRecord:
     Args:
         active: slots of each module that were in use when the round began.
         budget: slots that voting may keep once it is over; None without voting.
+        notes: what the aggregation rule has to say besides.
+        private: whether no row may hold what clients said of their data.
     """
 
     round: int
@@ -123,6 +127,8 @@ class RoundRecord:
     replies: Sequence[Reply] = field(default_factory=tuple)
     active: Mapping[ModuleName, int] = field(default_factory=dict)
     budget: int | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+    private: bool = False
 
     @property
     def learned(self) -> list[Learned]:
@@ -161,7 +167,7 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
         replies = collect(fed.engine, asked, received)
         replies = [replace(reply, counts=reply.client in set(cohort)) for reply in replies]
         usable = [reply.client for reply in replies if reply.learned is not None and reply.counts]
-        if not usable:
+        if not usable and not fed.private:
             reasons = "; ".join(f"{reply.client}: {reply.error}" for reply in replies[:3])
             raise RunError(f"round {state.round}: no client gave a usable update ({reasons})")
         training = training_at(fed.training, state.round, fed.rounds)
@@ -169,7 +175,9 @@ def federated_round(fed: Federation, state: ServerState) -> tuple[ServerState, R
         after = advance(fed, state, merged, replies, received)
     active = {name: int(held.sum()) for name, held in state.active.items()}
     budget = None if fed.voting is None else fed.voting.budget(state.adapter, state.round, fed.rounds)
-    return after, RoundRecord(state.round, training.learning_rate, error, replies, active, budget)
+    return after, RoundRecord(
+        state.round, training.learning_rate, error, replies, active, budget, merged.notes, fed.private
+    )
 
 
 def merge(
@@ -179,6 +187,8 @@ def merge(
     merged = fed.aggregation.aggregate(state, updates)
     adapter = _with_parts(state.adapter, merged.adapter, trained_parts(training))
     merged = replace(merged, adapter=adapter)
+    if fed.private:
+        return merged, 0.0
     return merged, aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
 
 

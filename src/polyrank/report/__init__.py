@@ -19,7 +19,7 @@ def write_report(folder: RunFolder) -> None:
     rows = folder.read_rows("rounds.jsonl")
     summary, partition = folder.read("summary.json"), folder.read("partition.json")
     scored = [row for row in rows if "test_accuracy" in row]
-    rounds = [row["round"] + 1 for row in rows]
+    rounds, private = [row["round"] + 1 for row in rows], "epsilon" in rows[0]
     scored_rounds = [row["round"] + 1 for row in scored]
     figures = {
         "Test accuracy and macro-F1": curve(
@@ -33,7 +33,7 @@ def write_report(folder: RunFolder) -> None:
         "Loss": curve(
             "round",
             {
-                "train": (rounds, [row["train_loss"] for row in rows]),
+                **({} if private else {"train": (rounds, [row["train_loss"] for row in rows])}),
                 "test": (scored_rounds, [row["test_loss"] for row in scored]),
             },
         ),
@@ -51,6 +51,9 @@ def write_report(folder: RunFolder) -> None:
             [client["label_counts"] for client in partition["clients"]],
         ),
     }
+    if private:
+        name = f"Epsilon spent (delta {rows[0]['delta']:g})"
+        figures[name] = curve("round", {"epsilon": (rounds, [row["epsilon"] for row in rows])})
     slots = folder.read_rows("slots.jsonl")
     if slots:
         figures |= _slot_figures(rows, slots, summary["active_slots"])
