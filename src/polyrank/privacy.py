@@ -115,7 +115,7 @@ class PrivateMean:
         head = {n: (old.double() + sums.head[n] / size).to(old.dtype) for n, old in state.head.items()}
         agreed = agreeing(Adapter(state.adapter.form, values), head, masks)
         merged = by_count(self.rule).aggregate(state, agreed)
-        return replace(merged, notes={"epsilon": charge.epsilon, "delta": charge.delta})
+        return replace(merged, head=head, notes={"epsilon": charge.epsilon, "delta": charge.delta})
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ class RobustMean:
         merged = by_count(self.rule).aggregate(state, agreeing(values, head, masks))
         held = {name: torch.stack([c.mask[name] for c in changes]).any(dim=0) for name in learning}
         still = num_slots(mask_minus(held, learning))
-        return replace(merged, notes={"clipped": sum(f < 1 for f in factors), "still_slots": still})
+        notes = {"clipped": sum(factor < 1 for factor in factors), "still_slots": still}
+        return replace(merged, head=head, notes=notes)
 
     def _module(self, bank: Factors, changes: Sequence[Change], name: str, learning: Tensor) -> Factors:
         """One module, its slots moved by the trimmed means over their holders."""

@@ -4,7 +4,7 @@ With X the served values and X_k those an honest client would send:
 
     sign_flip     X - (X_k - X)             the honest change, backwards
     times_10      X + 10 (X_k - X)
-    random        X + 10 |X_k - X| z        z a random direction of norm 1 for each tensor
+    random        standard normal numbers in place of all values
     factor_flip   (-B_k, -A_k)              the same product (form svd: -B_k, -e_k), head as it is
     nan           NaN in every tensor       refused when it is decoded, with or without robust mode
 """
@@ -25,18 +25,12 @@ from polyrank.wire import decode_task, decode_update, encode_update
 
 Bend = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """Served values, honest values, a source of random numbers -> what is sent."""
-TIMES = 10.0
-
-
-def _random(old: Tensor, new: Tensor, draw: torch.Generator) -> Tensor:
-    noise = torch.randn(new.shape, generator=draw)
-    return old + TIMES * (new - old).norm() * noise / noise.norm()
 
 
 BENDS: Mapping[str, Bend] = {
     "sign_flip": lambda old, new, _: 2 * old - new,
-    "times_10": lambda old, new, _: old + TIMES * (new - old),
-    "random": _random,
+    "times_10": lambda old, new, _: old + 10 * (new - old),
+    "random": lambda _, new, draw: torch.randn(new.shape, generator=draw),
     "nan": lambda _, new, __: torch.full_like(new, float("nan")),
 }
 ATTACKS = ("sign_flip", "times_10", "random", "factor_flip", "nan")

@@ -24,7 +24,7 @@ from polyrank.seed import seed_for
 from studies.cells import arguments, mean_sd
 from studies.robust.attacks import ATTACKS, Liars
 
-CLIENTS, LIARS, ROUNDS = 20, 4, 6
+CLIENTS, LIARS, ROUNDS = 20, 4, 20
 TOP = [f"5.attention.self.{name}" for name in ("query", "key", "value")]
 TIERS = [{"rank": 8, "share": 0.2}, {"rank": 4, "share": 0.4}, {"rank": 2, "share": 0.4}]
 MODES = ("plain", "robust")
@@ -43,7 +43,7 @@ def config(folder: Path, seed: int) -> dict[str, Any]:
         "sampling": {"kind": "all"},
         "allocation": {"kind": "tiers", "tiers": TIERS},
         "aggregation": {"kind": "replication_padding", "weights": "uniform"},
-        "training": {"learning_rate": 1e-2, "local_steps": 4},
+        "training": {"learning_rate": 1e-2, "schedule": "linear", "local_steps": 4},
         "evaluation": {"batch_size": 50},
     }
 
