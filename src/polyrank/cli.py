@@ -65,7 +65,7 @@ def run(
     rows = conduct(experiment, folder)
     summary: dict[str, Any] = {}
     try:
-        for row in rows if as_json else show(rows, resolved.rounds):
+        for row in rows if as_json else show(rows, experiment.federation.rounds):
             summary = row
     except KeyboardInterrupt:
         typer.echo(f"polyrank: stopped; {folder.path} holds the rounds until here", err=True)

@@ -22,10 +22,13 @@ from polyrank.changes import change_of
 from polyrank.charges import CHARGES, KEY, Charges, read_charges
 from polyrank.config import make_config
 from polyrank.errors import InputError, RunError
+from polyrank.ledger import round_row
 from polyrank.privacy import Privacy, PrivateMean, Sums, clipped_sum
+from polyrank.round import federated_round
 from polyrank.sampling import SampleAll, SampleCount, SamplePoisson, SecretSampling, expected_share
 from polyrank.state import ClientRecord
 from tests.builders import largest_difference, random_adapter, random_head, state_of, update_of
+from tests.unit.test_round import federation
 
 POISSON = SamplePoisson(rate=0.25)
 UNIFORM = {"aggregation": {"kind": "fedavg", "weights": "uniform"}}
@@ -352,3 +355,19 @@ def test_what_does_not_go_with_privacy_is_refused_in_one_line(changes, message):
     assert str(refusal.value).startswith(message)
     assert "\n" not in str(refusal.value)
     assert json.loads(json.dumps(make_config({"privacy": {}, **UNIFORM}).model_dump(mode="json")))
+
+
+def test_a_round_without_a_client_still_releases_noise(tmp_path):
+    pytest.importorskip("dp_accounting")
+    nobody = SamplePoisson(rate=1e-12)
+    fed, state = federation()
+    with pytest.raises(RunError, match="no client gave a usable update"):
+        federated_round(dataclasses.replace(fed, sampling=nobody), state)
+    mean = private(state, tmp_path, share=0.25)
+    fed = dataclasses.replace(fed, sampling=nobody, aggregation=mean, private=True)
+    after, record = federated_round(fed, state)
+    assert record.replies == []
+    assert largest_difference(after.adapter, state.adapter) > 0.1
+    row = round_row(record, None)
+    assert row["epsilon"] == Mechanism(1.0, None, 1e-5).epsilon(1)
+    assert "train_loss" not in row

@@ -19,7 +19,7 @@ def write_report(folder: RunFolder) -> None:
     rows = folder.read_rows("rounds.jsonl")
     summary, partition = folder.read("summary.json"), folder.read("partition.json")
     scored = [row for row in rows if "test_accuracy" in row]
-    rounds, private = [row["round"] + 1 for row in rows], "epsilon" in rows[0]
+    rounds = [row["round"] + 1 for row in rows]
     scored_rounds = [row["round"] + 1 for row in scored]
     figures = {
         "Test accuracy and macro-F1": curve(
@@ -30,13 +30,7 @@ def write_report(folder: RunFolder) -> None:
             },
             level=("majority class", summary["majority_rate"]),
         ),
-        "Loss": curve(
-            "round",
-            {
-                **({} if private else {"train": (rounds, [row["train_loss"] for row in rows])}),
-                "test": (scored_rounds, [row["test_loss"] for row in scored]),
-            },
-        ),
+        "Loss": _loss_figure(rows),
         "Megabytes per round": bars(
             "round",
             rounds,
@@ -51,7 +45,7 @@ def write_report(folder: RunFolder) -> None:
             [client["label_counts"] for client in partition["clients"]],
         ),
     }
-    if private:
+    if "epsilon" in rows[0]:
         name = f"Epsilon spent (delta {rows[0]['delta']:g})"
         figures[name] = curve("round", {"epsilon": (rounds, [row["epsilon"] for row in rows])})
     slots = folder.read_rows("slots.jsonl")
@@ -73,6 +67,16 @@ def write_report(folder: RunFolder) -> None:
         died=dead_modules(slots),
     )
     (folder.path / "report.html").write_text(page, encoding="utf-8")
+
+
+def _loss_figure(rows: list[dict[str, Any]]) -> Any:
+    """Train and test loss by round; a private run keeps no train loss."""
+    lines = {}
+    for name in ("train", "test"):
+        told = [row for row in rows if f"{name}_loss" in row]
+        if told:
+            lines[name] = [row["round"] + 1 for row in told], [row[f"{name}_loss"] for row in told]
+    return curve("round", lines)
 
 
 def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last: int) -> dict[str, Any]:
