@@ -121,7 +121,7 @@ def trimmed_mean(values: Tensor, cut: int) -> Tensor:
 
 def clip_factors(changes: Sequence[Change]) -> list[float]:
     """What brings each change down to the median root mean square of all."""
-    sizes = [change.norm() / change.size() ** 0.5 for change in changes]
+    sizes = [change.norm() / max(1, change.size()) ** 0.5 for change in changes]
     middle = statistics.median(sizes)
     return [1.0 if size <= middle else middle / size for size in sizes]
 

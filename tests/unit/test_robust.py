@@ -112,11 +112,15 @@ def test_a_slot_with_too_few_holders_stays_as_it_is_to_the_bit(rule, form):
 def test_what_liars_send_stays_between_what_honest_clients_sent(rule, size, seed):
     state = state_of(random_adapter(0, 3))
     honest = cohort(state, [3] * 5)
-    lies = [update_of(f"x{k}", nearby(state.adapter, seed + k, size), head=state.head) for k in range(2)]
+    spoiled = {name: t + size * random_head(seed)[name] for name, t in state.head.items()}
+    lies = [update_of(f"x{k}", nearby(state.adapter, seed + k, size), head=spoiled) for k in range(2)]
     robust = RobustMean(Robust(attackers=2), rule).aggregate(state, [*honest, *lies])
     plain = rule.aggregate(state, [*honest, *lies])
     largest = max(largest_difference(update.adapter, state.adapter) for update in honest)
     assert largest_difference(robust.adapter, state.adapter) <= largest * (1 + 1e-5)
+    for name, served in state.head.items():
+        far = max(float((update.head[name] - served).abs().max()) for update in honest)
+        assert float((robust.head[name] - served).abs().max()) <= far * (1 + 1e-5)
     if abs(size) > 1:
         assert largest_difference(plain.adapter, state.adapter) > 5 * largest  # the control
 
