@@ -80,6 +80,21 @@ def test_without_attackers_equal_clients_are_a_fixed_point(rule):
 
 
 @names
+def test_clients_that_agree_are_not_moved_by_short_lies(rule):
+    state = state_of(random_adapter(0, 3))
+    honest = cohort(state, [3])[0]
+    task = TrainTask(0, "c", 0, honest.mask, honest.mask, state.adapter, state.head, Training())
+    updates = [honest] * 5 + [bent("sign_flip", honest, task)] * 2
+    robust = RobustMean(Robust(attackers=2), rule).aggregate(state, updates)
+    plain = rule.aggregate(state, updates)
+    assert largest_difference(robust.adapter, honest.adapter) < 1e-6
+    assert largest_difference(plain.adapter, honest.adapter) > 1e-3  # the control
+    for name, expected in honest.head.items():
+        assert torch.allclose(robust.head[name], expected, atol=1e-6)
+        assert not torch.allclose(plain.head[name], expected, atol=1e-3)
+
+
+@names
 @given(st.permutations(range(7)))
 def test_the_order_of_clients_does_not_matter(rule, order):
     state = state_of(random_adapter(0, 3))
