@@ -40,17 +40,17 @@ def test_a_private_run_stops_at_its_budget_and_records_nothing_of_the_texts(
     tiny_settings, tmp_path, monkeypatch
 ):
     pytest.importorskip("dp_accounting")
-    poisson = ["sampling.kind=poisson", "sampling.rate=0.5", "rounds=9"]
-    privacy = ["privacy.epsilon=4", "privacy.noise_multiplier=1.5", "privacy.noise_seed=3"]
+    poisson = ["sampling.kind=poisson", "sampling.rate=0.5", "rounds=5"]
+    privacy = ["privacy.epsilon=3", "privacy.noise_multiplier=1.5", "privacy.noise_seed=3"]
     wanted = [s for s in tiny_settings if "count" not in s and "rounds" not in s]
     config = load_config(settings=[*wanted, *UNIFORM, *poisson, *privacy])
     result, again = (run(config, tmp_path / name) for name in ("first", "second"))
     rows = rows_of(result)
-    assert 1 < len(rows) < 9  # the budget pays for no more
+    assert 1 < len(rows) < 5  # the budget pays for no more
     spent = [row["epsilon"] for row in rows]
     assert spent == sorted(spent)
-    assert spent[-1] == result.summary["epsilon"] <= 4
-    assert config.privacy.mechanism(config.sampling).epsilon(len(rows) + 1) > 4
+    assert spent[-1] == result.summary["epsilon"] <= 3
+    assert config.privacy.mechanism(config.sampling).epsilon(len(rows) + 1) > 3
     assert [charge.epsilon for charge in read_charges(result.path / CHARGES)] == spent
     assert not (result.path / KEY).exists()  # an experiment, its noise follows from the config
     assert "test_accuracy" in rows[-1]
@@ -61,6 +61,6 @@ def test_a_private_run_stops_at_its_budget_and_records_nothing_of_the_texts(
     assert result.summary["adapter_sha256"] == again.summary["adapter_sha256"]
     monkeypatch.chdir(tmp_path)
     hidden = config.privacy.model_copy(update={"noise_seed": None})
-    secret = run(config.model_copy(update={"privacy": hidden}))
+    secret = run(config.model_copy(update={"privacy": hidden, "rounds": 1}))
     assert (secret.path / KEY).stat().st_size == 32
     assert secret.summary["adapter_sha256"] != result.summary["adapter_sha256"]
