@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, restrict
-from polyrank.aggregation import Stacking
+from polyrank.aggregation import Rule, Stacking
 from polyrank.allocation import Legend, LossBased, Tiers
 from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
@@ -37,8 +37,9 @@ from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.shape import shape_of
 from polyrank.models.targets import resolve_targets
+from polyrank.robust import RobustMean
 from polyrank.round import Federation, make_task
-from polyrank.sampling import SampleCount
+from polyrank.sampling import SampleCount, expected_share
 from polyrank.seed import seed_for
 from polyrank.session import ClientEnv
 from polyrank.state import ClientRecord, ServerState
@@ -103,9 +104,9 @@ def prepare(config: Config) -> Experiment:
         failures=config.failures,
         sampling=config.sampling,
         allocation=config.allocation,
-        aggregation=config.aggregation,
+        aggregation=_rule(config, len(clients)),
         training=config.training,
-        rounds=config.rounds,
+        rounds=_rounds(config),
         untrained=config.adapter.untrained,
         voting=config.voting,
         validate=None if kept is None else _validation(config, model, kept),
@@ -176,6 +177,21 @@ def _bank(
     fold(model.network, away)
     model.folded.append(fingerprint(away))
     return adapter, [away]
+
+
+def _rule(config: Config, num_clients: int) -> Rule:
+    """The aggregation rule of the run, with robust means where the config asks for them."""
+    if config.robust is None:
+        return config.aggregation
+    config.robust.check_cohort(round(expected_share(config.sampling, num_clients) * num_clients))
+    return RobustMean(config.robust, config.aggregation)
+
+
+def _rounds(config: Config) -> int:
+    """Rounds of the run: all that were asked for, or those that the privacy budget pays for."""
+    if config.privacy is None:
+        return config.rounds
+    return config.privacy.affordable(config.sampling, config.rounds)
 
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:

@@ -59,9 +59,11 @@ def run(
     resolved = load_config(config, settings or [])
     if not as_json:
         typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")
+        if resolved.robust is not None:
+            typer.echo(resolved.robust.limits())
     experiment = prepare(resolved)
     folder = open_folder(experiment, out)
-    _go_through(conduct(experiment, folder), folder.path, resolved.rounds, as_json)
+    _go_through(conduct(experiment, folder), folder.path, experiment.federation.rounds, as_json)
 
 
 @app.command()
@@ -80,7 +82,7 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
             typer.echo(f"{run_folder} is finished: accuracy {reopened.summary['test_accuracy']:.3f}")
         return
     experiment, manifest = restore(reopened)
-    rounds = experiment.config.rounds
+    rounds = experiment.federation.rounds
     if not as_json:
         typer.echo(f"{run_folder}: {experiment.start.round} of {rounds} rounds are done")
     _go_through(conduct(experiment, reopened.folder, manifest), run_folder, rounds, as_json)

@@ -15,8 +15,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from polyrank.adapter import Form
-from polyrank.aggregation import PRODUCT_SPACE, Aggregation, Anchored, FedAvg, Stacking
-from polyrank.allocation import Allocation, Tiers, Uniform
+from polyrank.aggregation import (
+    PRODUCT_SPACE,
+    Aggregation,
+    Anchored,
+    FedAvg,
+    LayerWise,
+    RandomSlots,
+    ReplicationPadding,
+    Stacking,
+)
+from polyrank.allocation import Allocation, LossBased, Tiers, Uniform
 from polyrank.clock import FleetTable
 from polyrank.collect import Failures
 from polyrank.data.partition import Dirichlet, Partition
@@ -25,9 +34,11 @@ from polyrank.durable import kind_at
 from polyrank.errors import InputError, choices, first_line
 from polyrank.messages import Training
 from polyrank.models.load import PACKAGED
+from polyrank.privacy import Privacy
 from polyrank.recipes import recipe
+from polyrank.robust import Robust
 from polyrank.round import Untrained
-from polyrank.sampling import SampleCount, Sampling
+from polyrank.sampling import SampleCount, SamplePoisson, Sampling
 from polyrank.schema import Schema
 from polyrank.voting import Voting
 
@@ -108,6 +119,10 @@ class Config(Schema):
     aggregation: Aggregation = FedAvg()
     voting: Voting | None = None
     """Clients vote on which slots stay (FedARA); nothing: all slots stay active."""
+    robust: Robust | None = None
+    """Means that a few lying clients cannot move far; nothing: every update counts as it came."""
+    privacy: Privacy | None = None
+    """Differential privacy for clients; nothing: what they send shows in the model as it is."""
     evaluation: Evaluation = Evaluation()
     engine: Embedded = Embedded()
     fleet: FleetTable | None = None
@@ -158,6 +173,13 @@ class Config(Schema):
             self._votes_fit(moving)
         if self.fleet is None:
             self._needs_no_fleet()
+        if self.robust is not None:
+            self._robust_fits()
+        if self.privacy is not None:
+            self._privacy_fits()
+        elif isinstance(self.sampling, SamplePoisson):
+            allowed = "needs a [privacy] table; a cohort may be empty, and nothing else knows what to do then"
+            raise InputError("sampling.kind", "poisson", allowed)
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
@@ -194,6 +216,54 @@ class Config(Schema):
         if moving or isinstance(self.aggregation, Stacking):
             allowed = "must keep slots apart for voting, e.g. 'fedavg' or 'replication_padding'"
             raise InputError("aggregation.kind", self.aggregation.kind, allowed)
+
+    def _robust_fits(self) -> None:
+        """Refuse what a few liars could steer past the trimmed means."""
+        self._averages_holders("robust")
+        if self.voting is not None:
+            raise InputError("voting", self.voting.kind, "does not go with robust: votes are not trimmed")
+        if isinstance(self.allocation, LossBased) and self.allocation.score == "client":
+            allowed = "must be 'server' under robust: clients could lie themselves into the high rank"
+            raise InputError("allocation.score", "client", allowed)
+
+    def _privacy_fits(self) -> None:
+        """Refuse every way past the noise by which a client's data could reach the model or the records."""
+        self._averages_holders("privacy")
+        if self.robust is not None:
+            allowed = "does not go with privacy: medians and trimmed means have no bounded sensitivity"
+            raise InputError("robust.attackers", self.robust.attackers, allowed)
+        if self.voting is not None:
+            allowed = "does not go with privacy: votes are made from the clients' data, without noise"
+            raise InputError("voting", self.voting.kind, allowed)
+        if isinstance(self.allocation, LossBased):
+            allowed = "does not go with privacy: losses of clients would decide ranks, without noise"
+            raise InputError("allocation.kind", "loss_based", allowed)
+        if self.training.prune_keep is not None:
+            allowed = "does not go with privacy: clients would choose their slots by their data"
+            raise InputError("training.prune_keep", self.training.prune_keep, allowed)
+        if self.fleet is not None:
+            allowed = "does not go with privacy: who comes late goes by how many texts a client has"
+            raise InputError("fleet", self.fleet.name, allowed)
+        if self.evaluation.per_client:
+            allowed = "must be false under privacy: scores on clients' own texts carry no noise"
+            raise InputError("evaluation.per_client", True, allowed)
+
+    def _averages_holders(self, mode: str) -> None:
+        """Refuse rules other than means over the holders of each slot in which all clients weigh the same."""
+        rule = self.aggregation
+        if not isinstance(rule, FedAvg | LayerWise | RandomSlots | ReplicationPadding | Anchored):
+            allowed = (
+                f"must average the holders of each slot under {mode}: fedavg, replication_padding, "
+                "layer_wise, random_slots or anchored in factor space"
+            )
+            raise InputError("aggregation.kind", rule.kind, allowed)
+        if isinstance(rule, Anchored) and rule.space == "product":
+            raise InputError("aggregation.space", "product", f"must be 'factor' under {mode}")
+        if isinstance(rule, ReplicationPadding) and rule.fill == "top":
+            raise InputError("aggregation.fill", "top", f"must be 'cascade' under {mode}")
+        if rule.weights != "uniform":
+            allowed = f"must be 'uniform' under {mode}: sample counts are the clients' own word"
+            raise InputError("aggregation.weights", rule.weights, allowed)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

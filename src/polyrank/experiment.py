@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from polyrank.ledger import (
     versions,
 )
 from polyrank.messages import Folds
+from polyrank.privacy import PrivateMean
 from polyrank.report import write_report
-from polyrank.round import evaluate_clients, federated_round
+from polyrank.round import Federation, evaluate_clients, federated_round
+from polyrank.sampling import SecretSampling, expected_share
 from polyrank.state import ServerState
 
 SCORES = "client_scores.jsonl"
@@ -93,14 +95,15 @@ def conduct(
     """
     started = time.perf_counter()
     state, config = experiment.start, experiment.config
+    federation = in_private(experiment, folder)
     rows = folder.read_rows("rounds.jsonl")
     try:
         if manifest is None:
             manifest = commit(folder, state, first_manifest(experiment.inputs()), 0.0, config.keep_last)
-        for round_ in range(state.round, config.rounds):
+        for round_ in range(state.round, federation.rounds):
             journal = folder.path / JOURNAL / f"{round_:05d}"
-            state, record = federated_round(experiment.federation, state, journal)
-            due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == config.rounds
+            state, record = federated_round(federation, state, journal)
+            due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == federation.rounds
             rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
             folder.append("rounds.jsonl", rows[-1:])
             folder.append("clients.jsonl", client_rows(record))
@@ -114,6 +117,18 @@ def conduct(
     finally:
         experiment.federation.engine.close()
         folder.release()
+
+
+def in_private(experiment: Experiment, folder: RunFolder) -> Federation:
+    """The federation of a run whose config asks for privacy: its noise and its record live in the folder."""
+    config, fed = experiment.config, experiment.federation
+    if config.privacy is None:
+        return fed
+    charges = config.privacy.open(folder.path, config.sampling)
+    share = expected_share(config.sampling, len(experiment.clients))
+    rule = PrivateMean(config.privacy, config.aggregation, config.allocation, share, charges)
+    sampling = SecretSampling(config.sampling, int.from_bytes(charges.key))
+    return replace(fed, aggregation=rule, sampling=sampling, private=True)
 
 
 def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:
@@ -161,6 +176,10 @@ def finish(
     }
     if config.fleet is not None:
         summary |= simulated_totals(rows)
+    if config.privacy is not None:
+        summary |= {"epsilon": last["epsilon"], "delta": last["delta"]}
+    if config.robust is not None:
+        summary["robust_limits"] = config.robust.limits()
     if config.evaluation.per_client:
         summary |= _score_clients(experiment, folder, state)
     if experiment.prefix is not None:

@@ -183,26 +183,26 @@ def partition_table(corpus: Corpus, clients: Sequence[ClientRows]) -> dict[str, 
 def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[str, Any]:
     """One line of rounds.jsonl; test scores only in rounds that were scored."""
     replies = record.replies
-    row = {
+    row: dict[str, Any] = {
         "round": record.round,
         "cohort": len({reply.client for reply in replies if reply.counts}),
         "failed": sum(reply.learned is None for reply in replies),
         "reasons": dict(sorted(Counter(reply.reason for reply in replies if reply.reason).items())),
-        "attempts": 1 + max(reply.attempt for reply in replies),
-        "train_loss": record.train_loss,
+        "attempts": 1 + max((reply.attempt for reply in replies), default=0),
         "learning_rate": record.learning_rate,
-        "aggregation_error": record.aggregation_error,
         "steps": sum(int(r.learned.metrics["steps"]) for r in replies if r.learned is not None),
         "bytes_down": sum(reply.bytes_down for reply in replies),
         "bytes_up": sum(reply.bytes_up for reply in replies),
         "client_wall_s": sum(reply.wall_s for reply in replies),
         "active_slots": sum(record.active.values()),
     }
+    if not record.private:
+        row |= {"train_loss": record.train_loss, "aggregation_error": record.aggregation_error}
     if record.budget is not None:
         row["planned_slots"] = record.budget
     if record.simulated_s is not None:
         row |= _simulated_round(record, record.simulated_s)
-    return row | {f"test_{name}": value for name, value in (scores or {}).items()}
+    return row | dict(record.notes) | {f"test_{name}": value for name, value in (scores or {}).items()}
 
 
 def _simulated_round(record: RoundRecord, end_s: float) -> dict[str, Any]:
@@ -211,9 +211,9 @@ def _simulated_round(record: RoundRecord, end_s: float) -> dict[str, Any]:
     waits = [max(0.0, end_s - one.cost.total_s) for one in priced]
     return {
         "simulated_s": end_s,
-        "waiting_s": sum(waits) / len(waits),
+        "waiting_s": sum(waits) / max(1, len(waits)),
         "energy_j": sum(one.cost.energy_j for one in priced),
-        "peak_memory_bytes": max(one.cost.memory_bytes for one in priced),
+        "peak_memory_bytes": max((one.cost.memory_bytes for one in priced), default=0),
         "over_memory": sum(not one.fits for one in priced),
         "late": sum(one.cost.total_s > end_s for one in priced),
     }
@@ -244,7 +244,7 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
             "aggregated": reply.counts,
             "slots": reply.slots,
             "num_examples": reply.learned.num_examples if reply.learned else None,
-            "metrics": dict(reply.learned.metrics) if reply.learned else None,
+            "metrics": dict(reply.learned.metrics) if reply.learned and not record.private else None,
             "bytes_down": reply.bytes_down,
             "bytes_up": reply.bytes_up,
             "attempt": reply.attempt,

@@ -51,7 +51,7 @@ def _cells(row: dict[str, Any], rounds: int, round_s: float) -> list[str]:
     return [
         f"{done}/{rounds}",
         f"{row['cohort']}{failed}",
-        f"{row['train_loss']:.3f}",
+        f"{row['train_loss']:.3f}" if "train_loss" in row else "",
         f"{row['test_loss']:.3f}" if scored else "",
         f"{row['test_accuracy']:.3f}" if scored else "",
         _size(row["bytes_down"]),

@@ -28,12 +28,12 @@ from polyrank.adapter import (
     prefix_mask,
     restrict,
 )
-from polyrank.aggregation import Aggregated, Aggregation
+from polyrank.aggregation import Aggregated, Rule
 from polyrank.aggregation.error import aggregation_error
 from polyrank.aggregation.product import rebalanced
 from polyrank.allocation import Allocation, Legend, LossBased
 from polyrank.clock import Clock
-from polyrank.collect import Failures, Learned, Reply, collect_quorum
+from polyrank.collect import Failures, Learned, Reply, collect, collect_quorum
 from polyrank.engine.base import Engine
 from polyrank.errors import RunError
 from polyrank.gate import decode_scores
@@ -49,7 +49,7 @@ from polyrank.messages import (
     training_at,
 )
 from polyrank.received import Received, Updates
-from polyrank.sampling import Sampling, spare_clients
+from polyrank.sampling import Sampling, SecretSampling, spare_clients
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState, version
 from polyrank.voting import RankShares, Voting, vote_shares
@@ -71,19 +71,21 @@ class Federation:
         untrained: whether a client also holds, frozen, the active slots that it does not train.
         voting: how clients and server shrink the set of active slots; None keeps all.
         failures: what a round does about clients that fail.
+        private: whether what clients say of their data stays out of every record, and a round may be empty.
         validate: loss of one client's model on texts the server keeps, for loss-based allocation.
         clock: what every session would take on the client's device; None simulates no devices.
     """
 
     engine: Engine
-    sampling: Sampling
+    sampling: Sampling | SecretSampling
     allocation: Allocation
-    aggregation: Aggregation
+    aggregation: Rule
     training: Training
     rounds: int
     untrained: Untrained = "absent"
     voting: Voting | None = None
     failures: Failures = field(default_factory=Failures)
+    private: bool = False
     validate: Callable[[ServerState, ClientUpdate], float] | None = None
     clock: Clock | None = None
 
@@ -96,6 +98,8 @@ class RoundRecord:
         active: slots of each module that were in use when the round began.
         budget: slots that voting may keep once it is over; None without voting.
         simulated_s: when the server went on, on simulated devices.
+        notes: what the aggregation rule has to say besides.
+        private: whether no row may hold what clients said of their data.
     """
 
     round: int
@@ -105,6 +109,8 @@ class RoundRecord:
     active: Mapping[ModuleName, int] = field(default_factory=dict)
     budget: int | None = None
     simulated_s: float | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+    private: bool = False
 
     @property
     def learned(self) -> list[Learned]:
@@ -155,7 +161,10 @@ def federated_round(
 
     with contextlib.closing(Received(task, journal)) as received:
         try:
-            replies = collect_quorum(fed.engine, fed.failures, first_wave, cohort, spares, received)
+            if fed.private:  # a cohort is who was drawn: to replace one that failed would tell of the data
+                replies = collect(fed.engine, cohort, received)
+            else:
+                replies = collect_quorum(fed.engine, fed.failures, first_wave, cohort, spares, received)
         except RunError as error:
             raise RunError(f"round {state.round}: {error}") from error
         replies, simulated_s = timed(fed, state, replies, received)
@@ -165,8 +174,10 @@ def federated_round(
         after = advance(fed, state, merged, replies, received)
     active = {name: int(held.sum()) for name, held in state.active.items()}
     budget = None if fed.voting is None else fed.voting.budget(state.adapter, state.round, fed.rounds)
-    rate = training.learning_rate
-    return after, RoundRecord(state.round, rate, apart, replies, active, budget, simulated_s)
+    rate, notes = training.learning_rate, merged.notes
+    return after, RoundRecord(
+        state.round, rate, apart, replies, active, budget, simulated_s, notes, fed.private
+    )
 
 
 def merge(
@@ -178,6 +189,8 @@ def merge(
     if state.round + 1 == fed.training.sparse_rounds:
         adapter = rebalanced(adapter)
     merged = replace(merged, adapter=adapter)
+    if fed.private:
+        return merged, 0.0
     return merged, aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -42,7 +43,40 @@ class SampleAll(Schema):
         return list(clients)
 
 
-Sampling = Annotated[SampleCount | SampleShare | SampleAll, Field(discriminator="kind")]
+class SamplePoisson(Schema):
+    """Every client with the same chance, whatever becomes of the others; a cohort may be empty.
+
+    For privacy: a client gains from not being drawn only where its draw is independent.
+    """
+
+    kind: Literal["poisson"] = "poisson"
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    def sample(self, clients: Sequence[ClientId], seed: int, round_: int) -> list[ClientId]:
+        draw = random.Random(seed_for(seed, "sampling", round_))
+        return [client for client in clients if draw.random() < self.rate]
+
+
+Sampling = Annotated[SampleCount | SampleShare | SampleAll | SamplePoisson, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, slots=True)
+class SecretSampling:
+    """Cohorts drawn from a secret instead of the run's seed, which stands in its config for all to read."""
+
+    sampling: Sampling
+    secret: int
+
+    def sample(self, clients: Sequence[ClientId], seed: int, round_: int) -> list[ClientId]:
+        return self.sampling.sample(clients, self.secret, round_)
+
+
+def expected_share(sampling: Sampling, num_clients: int) -> float:
+    """The share of a population that a cohort has, on average."""
+    if isinstance(sampling, SamplePoisson):
+        return sampling.rate
+    population = [str(number) for number in range(num_clients)]
+    return len(sampling.sample(population, 0, 0)) / num_clients
 
 
 def _draw(clients: Sequence[ClientId], count: int, seed: int, round_: int) -> list[ClientId]:

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from polyrank.aggregation.anchored import Anchored
-from polyrank.aggregation.base import Aggregated
+from polyrank.aggregation.base import Aggregated, Rule
 from polyrank.aggregation.fedavg import FedAvg
 from polyrank.aggregation.layer_wise import LayerWise
 from polyrank.aggregation.norm_weighted import NormWeighted
@@ -53,6 +53,7 @@ __all__ = [
     "RandomSlots",
     "RankPartition",
     "ReplicationPadding",
+    "Rule",
     "Stacking",
     "SvdRedistribution",
     "ZeroPadding",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +23,24 @@ APART = 64
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """What a rule hands back: the next bank, the next head, and what joins the frozen weights."""
+    """What a rule hands back: the next bank, the next head, and what joins the frozen weights.
+
+    Args:
+        notes: what else belongs into the round's row.
+    """
 
     adapter: Adapter
     head: Head
     fold: Adapter | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rule(Protocol):
+    """Turns the updates of a cohort into the next model."""
+
+    def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
+        """Aggregate one cohort."""
+        ...
 
 
 def client_weights(updates: Iterable[ClientUpdate], by: Weights) -> list[float]:

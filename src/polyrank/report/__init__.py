@@ -24,6 +24,9 @@ def write_report(folder: RunFolder) -> None:
     rows = folder.read_rows("rounds.jsonl")
     summary, partition = folder.read("summary.json"), folder.read("partition.json")
     figures = _run_figures(rows, summary, partition)
+    if "epsilon" in rows[0]:
+        name, spent = f"Epsilon spent (delta {rows[0]['delta']:g})", [row["epsilon"] for row in rows]
+        figures[name] = curve("round", {"epsilon": ([row["round"] + 1 for row in rows], spent)})
     slots = folder.read_rows("slots.jsonl")
     if slots:
         figures |= _slot_figures(rows, slots, summary["active_slots"])
@@ -59,13 +62,7 @@ def _run_figures(
             },
             level=("majority class", summary["majority_rate"]),
         ),
-        "Loss": curve(
-            "round",
-            {
-                "train": (rounds, [row["train_loss"] for row in rows]),
-                "test": (scored_rounds, [row["test_loss"] for row in scored]),
-            },
-        ),
+        "Loss": _loss_figure(rows),
         "Megabytes per round": bars(
             "round",
             rounds,
@@ -80,6 +77,16 @@ def _run_figures(
             [client["label_counts"] for client in partition["clients"]],
         ),
     }
+
+
+def _loss_figure(rows: list[dict[str, Any]]) -> Any:
+    """Train and test loss by round; a private run keeps no train loss."""
+    lines = {}
+    for name in ("train", "test"):
+        told = [row for row in rows if f"{name}_loss" in row]
+        if told:
+            lines[name] = [row["round"] + 1 for row in told], [row[f"{name}_loss"] for row in told]
+    return curve("round", lines)
 
 
 def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What robust mode is worth: a fifth of the clients attack."""
