@@ -286,14 +286,14 @@ def advance(
             if reply.error is not None and reply.error.startswith(MISSING_FOLDS):
                 clients[reply.client] = replace(known, folds=0)  # send them all again
             continue
+        clients[reply.client] = known = replace(_observed(fed, known, reply), folds=len(state.folds))
+        if reply.error is not None:
+            continue  # late: what it learned is lost
         kept = max((int(held.sum()) for held in reply.learned.mask.values()), default=0)
         pruned = num_slots(reply.learned.mask) < reply.slots
-        clients[reply.client] = replace(
-            _observed(fed, known, reply),
-            folds=len(state.folds),
-            rank_limit=kept if pruned else known.rank_limit,
-            loss=_score(fed, state, received, reply, known.loss),
-        )
+        loss = _score(fed, state, received, reply, known.loss)
+        limit = kept if pruned else known.rank_limit
+        clients[reply.client] = replace(known, rank_limit=limit, loss=loss)
     folds = [*state.folds, merged.fold] if merged.fold is not None else state.folds
     active, shares = _vote(fed, state, merged.adapter, replies)
     return replace(

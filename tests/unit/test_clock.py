@@ -8,7 +8,7 @@ import json
 import pytest
 
 from polyrank.aggregation import LayerWise
-from polyrank.allocation import Legend, Tiers, Uniform
+from polyrank.allocation import Legend, LossBased, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
 from polyrank.clock import FleetTable, make_clock
 from polyrank.config import load_config, make_config
@@ -87,6 +87,11 @@ def test_the_late_are_dropped_but_their_bytes_and_joules_count():
         assert (row["bytes_up"], row["bytes_down"]) == (full["bytes_up"], full["bytes_down"])
         alone, _ = federated_round(dataclasses.replace(cut, aggregation=LayerWise()), state)
         assert all((f.B == alone.adapter.modules[n].B).all() for n, f in after.adapter.modules.items())
+    by_loss = LossBased(low_rank=1, high_rank=3, score="client")
+    after, record = federated_round(dataclasses.replace(cut, allocation=by_loss), state)
+    late = {reply.client for reply in record.replies if reply.error == "late"}
+    assert {client for client, known in after.clients.items() if known.loss is None} == late
+    assert len(late) == 1
     never = dataclasses.replace(fed, clock=dataclasses.replace(fed.clock, deadline_s=1e-9))
     with pytest.raises(RunError, match="late"):
         federated_round(never, state)
