@@ -1,6 +1,6 @@
 """LEGEND (arXiv 2412.20004) on its fleet: time, bytes and energy to target accuracy, beside its baselines.
 
-80 devices (30 Jetson TX2, 40 Xavier NX, 10 AGX Xavier, WiFi, power modes redrawn), Dirichlet 0.5, 10 % per
+80 devices (30 Jetson TX2, 40 Xavier NX, 10 AGX Xavier, WiFi, power modes redrawn), Dirichlet 1, 10 % per
 round, MiniLM on SST-2, MNLI and QQP. Every arm meets the same clients, devices, links and cohorts.
 
     python -m studies.legend.run --data DATA --out OUT [--seeds 3]
@@ -52,7 +52,7 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
         "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": 48},
         "data": {"source": str(folder), "text": DATA[folder.name], "max_train": 6_000, "max_test": 600},
-        "partition": {"kind": "dirichlet", "clients": 80, "alpha": 0.5, "min_examples": 8},
+        "partition": {"kind": "dirichlet", "clients": 80, "alpha": 1.0, "min_examples": 4},
         "sampling": {"kind": "share", "share": 0.1},
         "training": {"learning_rate": 5e-3, "local_steps": 6},
         "evaluation": {"every": 2, "batch_size": 64},
