@@ -108,11 +108,13 @@ def lock(folder: Path) -> Lock:
     """
     import fcntl
 
-    number = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    number = -1
     try:
+        number = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(number)
+        if number >= 0:
+            os.close(number)
         taken = isinstance(error, BlockingIOError)
         why = "is being written by another process" if taken else f"cannot be locked ({error.strerror})"
         raise InputError("RUN", str(folder), f"{why}; nothing was touched") from error
@@ -136,4 +138,5 @@ def _let_go() -> None:
         held.release()
 
 
-os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from polyrank.adapter import RankMask, mask_minus, num_slots, over_bank, restrict, within
-from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, TrainTask
+from polyrank.messages import ClientScores, ClientUpdate, EvaluateTask, Task, TrainTask
 from polyrank.wire import (
     MAX_REPLY_HEADER,
     WireError,
@@ -43,7 +43,8 @@ MIN_COHORT = 3
 """Updates that it takes for their median to say anything."""
 _NEEDED = {"loss", "last_loss", "steps"}
 _MAX_NAME = 64
-_MAX_OVERHEAD = 64 + MAX_REPLY_HEADER
+_BESIDES = 64
+"""Bytes of a message besides header and numbers: its digest, sizes, and what aligns it."""
 Key = TypeVar("Key")
 
 
@@ -56,7 +57,7 @@ def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None
     Raises: WireError, with a reason, when it is anything else.
     """
     _bounded_size(data, most_bytes(task))
-    meaning, tensors = open_reply(data)
+    meaning, tensors = open_reply(data, _max_header(task))
     answers = {"client": task.client, "round": task.round, "attempt": task.attempt, "base": task.base}
     _answers(meaning, {"kind": "update", **answers})
     num_examples, metrics = _claims(meaning, most_examples)
@@ -76,8 +77,8 @@ def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None
 
 def decode_scores(data: bytes, task: EvaluateTask) -> ClientScores:
     """Raises: WireError as `decode_update`."""
-    _bounded_size(data, _MAX_OVERHEAD)
-    meaning, tensors = open_reply(data)
+    _bounded_size(data, _BESIDES + _max_header(task))
+    meaning, tensors = open_reply(data, _max_header(task))
     _answers(meaning, {"kind": "scores", "client": task.client, "round": task.round})
     claims = _claims(meaning, None)
     _named(tensors, set(), set())
@@ -88,7 +89,7 @@ def most_bytes(task: TrainTask) -> int:
     """The size of the largest message that can answer a task."""
     numbers = task.adapter.num_parameters() + sum(t.numel() for t in task.head.values())
     bits = sum(held.numel() for held in task.mask.values())
-    return _MAX_OVERHEAD + 4 * numbers + 2 * (bits // 8 + 1)
+    return _BESIDES + _max_header(task) + 4 * numbers + 2 * (bits // 8 + 1)
 
 
 def change(update: ClientUpdate, task: TrainTask) -> float:
@@ -107,6 +108,11 @@ def outliers(changes: Mapping[Key, float], bound: float) -> dict[Key, str]:
     median = statistics.median(changes.values())
     far = {key: value for key, value in changes.items() if median > 0 and not value <= bound * median}
     return {key: f"changed {value / median:.3g} times the median of its cohort" for key, value in far.items()}
+
+
+def _max_header(task: Task) -> int:
+    """The header repeats the client's name, in which one letter may take 14 bytes of JSON within JSON."""
+    return MAX_REPLY_HEADER + 14 * len(task.client)
 
 
 def _bounded_size(data: bytes, most: int) -> None:

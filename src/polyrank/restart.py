@@ -59,10 +59,12 @@ def reopen(path: Path) -> Reopened:
     if durable.kind_at(path / "config.json") != "file":
         allowed = "is no run folder that can go on (it holds no config.json); start the run anew"
         raise InputError("RUN", str(path), allowed)
+    folder = RunFolder(path)
+    if (path / "summary.json").exists() and (path / REPORT).exists():  # it may lie where nobody can write
+        return Reopened(folder, folder.read("summary.json"), None, [])
     folder = RunFolder(path, durable.lock(path))
     if (path / "summary.json").exists():
-        if not (path / REPORT).exists():
-            close_folder(folder)
+        close_folder(folder)
         folder.release()
         return Reopened(folder, folder.read("summary.json"), None, [])
     committed, complaints = newest(folder)

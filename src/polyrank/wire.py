@@ -170,15 +170,15 @@ def _reply(kind: str, reply: ClientUpdate | ClientScores) -> dict[str, Any]:
     }
 
 
-def open_reply(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def open_reply(data: bytes, max_header: int = MAX_REPLY_HEADER) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Meaning and tensors of a reply; what they say is for `gate.py` to check.
 
     Raises: WireError when the bytes are not one message, spelt without anything that it does not need.
     """
     body = _unsealed(data)
     size = int.from_bytes(body[:8], "little")
-    if size > MAX_REPLY_HEADER:
-        raise WireError(f"a header of {size} bytes, at most {MAX_REPLY_HEADER} are possible")
+    if size > max_header:
+        raise WireError(f"a header of {size} bytes, at most {max_header} are possible")
     try:
         header = json.loads(body[8 : 8 + size], object_pairs_hook=_once)
         if list(header.pop("__metadata__")) != [_METADATA]:

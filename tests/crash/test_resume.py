@@ -102,6 +102,9 @@ def test_a_finished_run_says_so_and_stays_as_it_is(prepared):
     assert out.with_suffix(".err").read_text() == ""
     assert tree(out) == before
     assert not (out / CHECKPOINTS).exists()
+    out.chmod(0o555)  # an archive
+    assert polyrank.resume(out).summary == summary
+    out.chmod(0o755)
     (out / "report.html").unlink()  # killed in the last step of all
     assert polyrank.resume(out).summary == summary
     assert (out / "report.html").exists()

@@ -191,7 +191,7 @@ def test_any_bytes_as_a_data_file(tmp_path_factory, data, ending):
 
 def test_names_from_a_file_never_become_paths(inputs_here, tmp_path):
     """Clients and labels named like paths, texts that are empty, huge or odd: all stay in the run folder."""
-    owners = ["../../evil", "/tmp/evil", "..", "a\x00b".replace("\x00", "\u2400"), "x" * 10_000, "😀"]
+    owners = ["../../evil", "/tmp/evil", "..", "a\x00b".replace("\x00", "\u2400"), "x" * 10_000, "😀" * 700]
     labels = ["../up", "$\\frac{/root$", "line\nbreak"]
     texts = ["word1 word2", "", "w" * 100_000, "\u202e word3", "word4\nword5"]
     with (tmp_path / "texts.csv").open("w", newline="", encoding="utf-8") as file:
@@ -202,6 +202,7 @@ def test_names_from_a_file_never_become_paths(inputs_here, tmp_path):
     config = small_config(inputs_here).model_dump(mode="json")
     config["data"] |= {"source": str(tmp_path / "texts.csv")}
     config["partition"] = {"kind": "natural", "column": "owner"}
+    config["sampling"] = {"kind": "all"}
     here = tmp_path / "here"
     here.mkdir()
 
@@ -211,6 +212,7 @@ def test_names_from_a_file_never_become_paths(inputs_here, tmp_path):
 
     pid = forked(work, tmp_path / "told")
     assert ended(pid) == 0, (tmp_path / "told.err").read_text()
+    assert json.loads((here / "run" / "rounds.jsonl").read_text())["failed"] == 0
     assert [path.name for path in here.iterdir()] == ["run"]
     assert {path.name for path in tmp_path.iterdir()} == {"texts.csv", "here", "told.out", "told.err"}
     files = {path.relative_to(here / "run").parts[0] for path in (here / "run").rglob("*")}
