@@ -130,54 +130,65 @@ def fill(most: int):
     os.write = write
 
 
-@pytest.mark.parametrize("level", range(20))
-def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(prepared, level, tmp_path):
-    ready = prepared("stacking")
-    out = ready.stopped(2)
-    size = sum(path.stat().st_size for path in (out / CHECKPOINTS / "00002").iterdir())
+def fail_fsync(number: int):
+    """The disk fails at one sync."""
+    count, real = [0], os.fsync
 
-    def work():
-        fill(level * size // 10)
-        ready.resume(out)
+    def fsync(file):
+        count[0] += 1
+        if count[0] == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(file)
 
-    assert ended(forked(work, tmp_path / "told")) == 1
-    told = (tmp_path / "told.err").read_text()
+    os.fsync = fsync
+
+
+FULL, BROKEN = "No space left on device", "Input/output error"
+TROUBLES = [(fill, level, FULL) for level in range(20)] + [(fail_fsync, n, BROKEN) for n in range(1, 9)]
+
+
+def assert_told(path, reason):
+    """One line that says disk, and why."""
+    told = path.read_text()
     assert told.startswith("disk: ")
-    assert told.endswith("cannot be written (No space left on device)\n")
+    assert told.endswith(f"cannot be written ({reason})\n")
     assert told.count("\n") == 1
-    found, complaints = newest(RunFolder(out))
+
+
+@pytest.mark.parametrize(("trouble", "level", "reason"), TROUBLES)
+def test_a_disk_in_trouble_keeps_the_checkpoint(trouble, level, reason, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    manifest = committed(folder, 2)
+    before = newest(folder)[0].manifest
+    size = sum(path.stat().st_size for path in (folder.path / CHECKPOINTS / "00002").iterdir())
+
+    def work():
+        trouble(level * size // 20 if trouble is fill else level)
+        committed(folder, 3, manifest)
+
+    assert ended(forked(work, tmp_path / "told")) == 1
+    assert_told(tmp_path / "told.err", reason)
+    found, complaints = newest(folder)
     assert complaints == []
-    assert found.state.round >= 2
-    if level in (0, 7, 19):
-        assert ended(forked(lambda: ready.resume(out))) == 0
-        assert results(out) == ready.expected
+    assert found.manifest == before or (found.state.round == 3 and trouble is fail_fsync)
+    rewind(folder, found)
+    assert committed(folder, 4, found.manifest)["round"] == 4
 
 
-@pytest.mark.parametrize("number", range(1, 12))
-def test_an_fsync_that_fails_stops_the_run_and_keeps_the_checkpoint(prepared, number, tmp_path):
+@pytest.mark.parametrize(("trouble", "level", "reason"), [(fill, 30_000, FULL), (fail_fsync, 5, BROKEN)])
+def test_a_run_on_a_disk_in_trouble_can_be_resumed(prepared, trouble, level, reason, tmp_path):
     ready = prepared("stacking")
     out = ready.stopped(2)
 
     def work():
-        count, real = [0], os.fsync
-
-        def fsync(file):
-            count[0] += 1
-            if count[0] == number:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            real(file)
-
-        os.fsync = fsync
+        trouble(level)
         ready.resume(out)
 
     assert ended(forked(work, tmp_path / "told")) == 1
-    told = (tmp_path / "told.err").read_text()
-    assert told.startswith("disk: ")
-    assert told.endswith("cannot be written (Input/output error)\n")
-    assert newest(RunFolder(out))[1] == []
-    if number == 5:
-        assert ended(forked(lambda: ready.resume(out))) == 0
-        assert results(out) == ready.expected
+    assert_told(tmp_path / "told.err", reason)
+    assert ended(forked(lambda: ready.resume(out))) == 0
+    assert results(out) == ready.expected
 
 
 def test_free_space_is_looked_at_before_anything_is_written(tmp_path, monkeypatch):
