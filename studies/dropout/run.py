@@ -1,7 +1,7 @@
 """What does it cost when 10, 30 or 50 % of the clients drop out in every round?
 
-AG News, 50 clients, Dirichlet 0.5, 10 per round, rank 8. A client that drops out has trained and its answer
-is lost; a round goes on with half of its cohort and asks others below that. Every arm has the same partition
+AG News, 50 clients, Dirichlet 0.5, 10 per round, rank 8 in the top block. A client that drops out has trained
+and its answer is lost; a round goes on with half of its cohort and asks others below that. Every arm has the same partition
 and the same cohorts.
 
     python -m studies.dropout.run --data DATA --out OUT
@@ -24,9 +24,10 @@ def config(data: str, share: float, seed: int) -> dict[str, Any]:
         "seed": seed,
         "rounds": ROUNDS,
         "engine": {"workers": 1},
-        "model": {"base_dtype": "bf16"},
-        "data": {"source": data},
+        "model": {"base_dtype": "bf16", "max_length": 32},
+        "data": {"source": data, "max_train": 6_000, "max_test": 2_000},
         "adapter": {"rank": 8},
+        "allocation": {"kind": "uniform", "depth": 1},
         "partition": {"kind": "dirichlet", "clients": 50, "alpha": 0.5},
         "sampling": {"kind": "count", "count": COHORT},
         "training": {"learning_rate": 5e-3, "schedule": "linear", "local_steps": 5},
