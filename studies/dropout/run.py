@@ -1,8 +1,8 @@
 """What does it cost when 10, 30 or 50 % of the clients drop out in every round?
 
 AG News, 50 clients, Dirichlet 0.5, 10 per round, rank 8 in the top block. A client that drops out has trained
-and its answer is lost; a round goes on with half of its cohort and asks others below that. Every arm has the same partition
-and the same cohorts.
+and its answer is lost; a round goes on with half of its cohort and asks others below that. Every arm has the
+same partition and the same cohorts.
 
     python -m studies.dropout.run --data DATA --out OUT
 """
