@@ -27,6 +27,7 @@ from polyrank.ledger import RunFolder
 from polyrank.recipes import recipes
 from polyrank.report.comparison import PLAN, result_lines, write_comparison
 from polyrank.report.comparison_numbers import cell_path, is_finished, read_cell
+from polyrank.restart import resume
 
 __all__ = [
     "cell_names",
@@ -155,18 +156,17 @@ def open_comparison(out: Path, plan: Mapping[str, Any]) -> None:
 
 
 def run_cell(out: Path, label: str, config: Config) -> str | None:
-    """Run one cell anew; returns the reason when the run could not go on.
+    """Run one cell, or go on with half a cell; returns the reason when the run could not go on.
 
     Raises: InputError, which names the arm; a comparison without any cell is then taken away again.
     """
     path = cell_path(out, label, config.seed)
     if path.is_symlink() or path.is_file():
         raise InputError("--out", str(path), "is no folder; nothing was overwritten")
-    if path.exists():
-        shutil.rmtree(path)  # half a run: it has no summary, and a run starts in a new folder
     try:
         with _naming(label):
-            run(config, out=path)
+            if not _gone_on(path):
+                run(config, out=path)
     except RunError as error:
         return str(error)
     except InputError:
@@ -175,6 +175,18 @@ def run_cell(out: Path, label: str, config: Config) -> str | None:
             out.rmdir()
         raise
     return None
+
+
+def _gone_on(path: Path) -> bool:
+    """Whether half a run was there and is finished now; one that cannot go on is taken away."""
+    if not path.exists():
+        return False
+    try:
+        resume(path)
+    except InputError:
+        shutil.rmtree(path)
+        return False
+    return True
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from polyrank.compare import compare, read_arms, show_cells, write_comparison
 from polyrank.config import Config, make_config
 from polyrank.errors import InputError, RunError
 from polyrank.report.comparison import difference_text, spread_text, table_columns
-from polyrank.report.comparison_figures import comparison_figures, mean_points, slots_by_client
+from polyrank.report.comparison_figures import comparison_figures, mean_hours, mean_points, slots_by_client
 from polyrank.report.comparison_numbers import Cell, paired_difference, read_cell, spread, to_target, unpaired
 
 VERSIONS = {"packages": {"polyrank": "0.1.0"}, "commit": "abc"}
@@ -309,6 +309,45 @@ def test_only_missing_cells_run_and_half_a_cell_runs_anew(ran, tmp_path):
     assert "rounds_to_target" not in rows[0]
     assert not (out / "cells/b-0/left").exists()
     assert (out / "cells/mine").is_dir()
+
+
+def test_half_a_cell_that_can_go_on_goes_on(ran, tmp_path, monkeypatch):
+    calls, _ = ran
+    out, gone_on = tmp_path / "out", []
+    list(compare({"a": Config()}, [0], out))
+    calls.clear()
+    cell = out / "cells/a-0"
+    summary = (cell / "summary.json").read_text()
+    (cell / "summary.json").unlink()
+
+    def fake_resume(path: Path) -> None:
+        gone_on.append(path)
+        (path / "summary.json").write_text(summary)
+
+    monkeypatch.setattr(comparison, "resume", fake_resume)
+    assert [row["status"] for row in compare({"a": Config()}, [0], out)] == ["done"]
+    assert gone_on == [cell]
+    assert calls == []
+
+
+def test_time_and_energy_of_simulated_devices_worked_by_hand(tmp_path):
+    write_plan(tmp_path, {"one": {}, "two": {"rounds": 4}}, [0])
+    write_cell(tmp_path / "cells/one-0", 0, [0.2, None, 0.6], simulated_s=1800.0, energy_j=500.0)
+    write_cell(tmp_path / "cells/two-0", 0, [0.6, 0.7], simulated_s=20.0, energy_j=1500.0)
+    for arm, rounds, one_s, one_j in (("one", 3, 1800.0, 500.0), ("two", 2, 20.0, 1500.0)):
+        path = tmp_path / f"cells/{arm}-0/summary.json"
+        totals = {"simulated_s": rounds * one_s, "energy_j": rounds * one_j, "waiting_s": 2.5}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **totals}))
+    columns = table_columns(write_comparison(tmp_path, 0.6))
+    assert columns["simulated time"] == ["1.50 h", "40 s"]
+    assert columns["waiting a round"] == ["2.5 s", "2.5 s"]
+    assert columns["energy"] == ["1.5 kJ", "3 kJ"]
+    assert columns["time to 0.6"] == ["1.50 h", "20 s"]
+    assert columns["energy to 0.6"] == ["1.5 kJ", "1.5 kJ"]
+    figures = comparison_figures({"one": [read_cell(tmp_path, "one", 0, None)]})
+    assert "Test accuracy over simulated hours" in figures
+    x, y = mean_hours([read_cell(tmp_path, "one", 0, None)])
+    assert (x, y) == ([0.5, 1.5], [0.2, 0.6])
 
 
 @pytest.mark.parametrize(

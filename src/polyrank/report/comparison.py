@@ -82,11 +82,37 @@ def table_columns(content: Mapping[str, Any]) -> dict[str, list[str]]:
     if target is not None:
         columns[f"rounds to {target:g}"] = [_reached(arm) for arm in arms]
         columns[f"bytes to {target:g}"] = [_size(arm.get("bytes_to_target")) for arm in arms]
+    columns |= _simulated_columns(arms, target)
     columns["slots per client"] = [_slots(arm["slots"]) for arm in arms]
     if any("aggregation_error" in arm for arm in arms):
         errors = [arm.get("aggregation_error") for arm in arms]
         columns["aggregation error"] = ["-" if error is None else f"{error:.3g}" for error in errors]
     return columns
+
+
+def _simulated_columns(arms: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, list[str]]:
+    """Time and energy on simulated devices, where any arm has them."""
+    if not any("simulated_s" in arm for arm in arms):
+        return {}
+    columns = {
+        "simulated time": [_duration(arm.get("simulated_s")) for arm in arms],
+        "waiting a round": [_duration(arm.get("waiting_s")) for arm in arms],
+        "energy": [_energy(arm.get("energy_j")) for arm in arms],
+    }
+    if target is not None:
+        columns[f"time to {target:g}"] = [_duration(arm.get("simulated_s_to_target")) for arm in arms]
+        columns[f"energy to {target:g}"] = [_energy(arm.get("energy_j_to_target")) for arm in arms]
+    return columns
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.3g} s"
+
+
+def _energy(joules: float | None) -> str:
+    return "-" if joules is None else f"{joules / 1e3:.3g} kJ"
 
 
 def spread_text(numbers: Mapping[str, float | None]) -> str:

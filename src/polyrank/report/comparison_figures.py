@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
-from polyrank.report.comparison_numbers import Cell, scored_points
+from polyrank.report.comparison_numbers import Cell, scored_points, simulated_points
 from polyrank.report.figures import SERIES, Line, curve
 
 
@@ -22,9 +22,11 @@ def comparison_figures(cells: Mapping[str, Sequence[Cell]], target: float | None
     traffic = {name: ([p[1] / size for p in arm], [p[2] for p in arm]) for name, arm in points.items()}
     slots = {name: slots_by_client(arm) for name, arm in finished.items()}
     level = None if target is None else ("target", target)
+    hours = {name: mean_hours(arm) for name, arm in finished.items() if "simulated_s" in arm[0].row}
     return {
         **dict(_drawn("Test accuracy over rounds", "round", rounds, level)),
         **dict(_drawn("Test accuracy over traffic", f"{unit}, down and up", traffic, level)),
+        **(dict(_drawn("Test accuracy over simulated hours", "hours", hours, level)) if hours else {}),
         **dict(_drawn("Slots of each client", "percent of clients, fewest slots first", slots)),
     }
 
@@ -44,6 +46,15 @@ def mean_points(cells: Sequence[Cell]) -> list[tuple[float, float, float]]:
             statistics.fmean(p[2] for p in same_round),
         )
         for same_round in zip(*runs, strict=True)
+    ]
+
+
+def mean_hours(cells: Sequence[Cell]) -> Line:
+    """Simulated hours so far and test accuracy of every scored round, as means over seeds."""
+    runs = [list(simulated_points(cell.rounds)) for cell in cells]
+    same = list(zip(*runs, strict=True))
+    return [statistics.fmean(p[0] for p in points) / 3600 for points in same], [
+        statistics.fmean(p[1] for p in points) for points in same
     ]
 
 

@@ -17,6 +17,9 @@ from scipy.special import stdtrit  # type: ignore[import-untyped, unused-ignore]
 from polyrank.errors import InputError
 from polyrank.ledger import RunFolder
 
+SIMULATED = ("simulated_s", "energy_j")
+"""What adds up over the rounds of a run on simulated devices."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -61,6 +64,9 @@ def read_cell(out: Path, label: str, seed: int, target: float | None) -> Cell:
         row["aggregation_error"] = statistics.fmean(errors)
     if target is not None:
         row["rounds_to_target"], row["bytes_to_target"] = to_target(rounds, target)
+        if "simulated_s" in row and row["rounds_to_target"] is not None:
+            until = [r for r in rounds if r["round"] < row["rounds_to_target"]]
+            row |= {f"{name}_to_target": sum(r[name] for r in until) for name in SIMULATED}
     return Cell(label, seed, path, row, rounds, folder.read_rows("clients.jsonl"))
 
 
@@ -79,6 +85,15 @@ def scored_points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int,
         total += row["bytes_down"] + row["bytes_up"]
         if "test_accuracy" in row:
             yield row["round"] + 1, total, row["test_accuracy"]
+
+
+def simulated_points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
+    """(simulated seconds so far, test accuracy) of every scored round."""
+    total = 0.0
+    for row in rows:
+        total += row["simulated_s"]
+        if "test_accuracy" in row:
+            yield total, row["test_accuracy"]
 
 
 def arm_row(label: str, cells: Sequence[Cell], first: Sequence[Cell]) -> dict[str, Any]:
@@ -104,6 +119,9 @@ def arm_row(label: str, cells: Sequence[Cell], first: Sequence[Cell]) -> dict[st
         row["reached"] = len(reached)
         for name in ("rounds_to_target", "bytes_to_target"):
             row[name] = _mean([cell[name] for cell in reached])
+    for name in (*SIMULATED, "waiting_s", *(f"{name}_to_target" for name in SIMULATED)):
+        if any(name in cell for cell in rows):
+            row[name] = _mean([cell[name] for cell in rows if name in cell])
     return row
 
 
