@@ -24,7 +24,7 @@ run: install
 	$(BIN)/polyrank run
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check $(CODE)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -119,6 +120,7 @@ def forked(work: Callable[[], object], told: Path | None = None) -> int:
     if pid:
         return pid
     code = 70
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     try:
         for number, ending in ((1, ".out"), (2, ".err")):
             path = os.devnull if told is None else told.with_suffix(ending)
