@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from polyrank.durable import replace
 from polyrank.ledger import RunFolder
-from polyrank.report.devices import device_figures
+from polyrank.report.devices import device_figures, duration, energy
 from polyrank.report.figures import bars, curve, heat_map, label_histogram
 
 REPORT = "report.html"
@@ -161,8 +161,8 @@ def _headline(summary: dict[str, Any]) -> dict[str, str]:
         {}
         if "simulated_s" not in summary
         else {
-            "simulated time": f"{summary['simulated_s'] / 3600:.2f} h",
-            "simulated energy": f"{summary['energy_j'] / 1e3:.2f} kJ",
+            "simulated time": duration(summary["simulated_s"]),
+            "simulated energy": energy(summary["energy_j"]),
         }
     )
 

@@ -9,7 +9,7 @@ Cells that are not finished are named and left out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from polyrank.report.comparison_numbers import (
     read_cell,
     unpaired,
 )
+from polyrank.report.devices import duration, energy
 
 PLAN = "plan.json"
 
@@ -94,25 +95,19 @@ def _simulated_columns(arms: Sequence[Mapping[str, Any]], target: float | None) 
     """Time and energy on simulated devices, where any arm has them."""
     if not any("simulated_s" in arm for arm in arms):
         return {}
+
+    def column(key: str, shown: Callable[[float], str]) -> list[str]:
+        return ["-" if arm.get(key) is None else shown(arm[key]) for arm in arms]
+
     columns = {
-        "simulated time": [_duration(arm.get("simulated_s")) for arm in arms],
-        "waiting a round": [_duration(arm.get("waiting_s")) for arm in arms],
-        "energy": [_energy(arm.get("energy_j")) for arm in arms],
+        "simulated time": column("simulated_s", duration),
+        "waiting a round": column("waiting_s", duration),
+        "energy": column("energy_j", energy),
     }
     if target is not None:
-        columns[f"time to {target:g}"] = [_duration(arm.get("simulated_s_to_target")) for arm in arms]
-        columns[f"energy to {target:g}"] = [_energy(arm.get("energy_j_to_target")) for arm in arms]
+        columns[f"time to {target:g}"] = column("simulated_s_to_target", duration)
+        columns[f"energy to {target:g}"] = column("energy_j_to_target", energy)
     return columns
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.3g} s"
-
-
-def _energy(joules: float | None) -> str:
-    return "-" if joules is None else f"{joules / 1e3:.3g} kJ"
 
 
 def spread_text(numbers: Mapping[str, float | None]) -> str:

@@ -26,11 +26,18 @@ def device_figures(rounds: Sequence[Row], clients: Sequence[Row]) -> dict[str, M
     kilojoules = list(accumulate(row["energy_j"] / 1e3 for row in rounds))
     scored = [index for index, row in enumerate(rounds) if "test_accuracy" in row]
     accuracy = [rounds[index]["test_accuracy"] for index in scored]
+    clients = [row for row in clients if "simulated" in row]  # a stray answer has no session
     last = [row for row in clients if row["round"] == rounds[-1]["round"]]
     return {
         f"Simulated: who waits for whom in round {numbers[-1]}": gantt(last),
         "Simulated: mean waiting by round, seconds": bars(
             "round", numbers, {"waiting": [row["waiting_s"] for row in rounds]}
+        ),
+        "Simulated: energy of all devices by round, joules": bars(
+            "round", numbers, {"energy": [row["energy_j"] for row in rounds]}
+        ),
+        "Simulated: most memory of one device by round, megabytes": bars(
+            "round", numbers, {"memory": [row["peak_memory_bytes"] / 1e6 for row in rounds]}
         ),
         "Accuracy over simulated hours": curve(
             "simulated hours", {"accuracy": ([hours[i] for i in scored], accuracy)}, whole=False
@@ -43,6 +50,16 @@ def device_figures(rounds: Sequence[Row], clients: Sequence[Row]) -> dict[str, M
         "Depth by kind of device": curve("round", _by_device(clients)),
         "Slots of a module by block and kind of device": curve("block", _ranks_by_device(clients)),
     }
+
+
+def duration(seconds: float) -> str:
+    """Simulated time for people: ``40 s``, ``1.50 h``."""
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.3g} s"
+
+
+def energy(joules: float) -> str:
+    """Energy for people: ``87 J``, ``1.5 kJ``."""
+    return f"{joules / 1e3:.3g} kJ" if joules >= 1e3 else f"{joules:.3g} J"
 
 
 def gantt(rows: Sequence[Row]) -> Markup:
