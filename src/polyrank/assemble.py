@@ -21,8 +21,9 @@ from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
 from polyrank.config import Config
-from polyrank.data.partition import ClientRows, Natural, share_out
-from polyrank.data.source import load_corpus
+from polyrank.data.instructions import tokenize_instructions
+from polyrank.data.partition import ClientRows, Iid, Natural, share_out
+from polyrank.data.source import load_corpus, load_instructions
 from polyrank.data.texts import Corpus, Texts, corpus_digest
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.base import Engine
@@ -71,13 +72,12 @@ def prepare(config: Config) -> Experiment:
     """Load data and model, share the data out, and set the federation up."""
     torch.set_num_threads(config.engine.threads)
     device = pick_device(config.device)
-    group = config.partition.column if isinstance(config.partition, Natural) else None
-    corpus = load_corpus(config.data, config.seed, group)
+    corpus = _corpus(config)
     aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
     corpus, kept = _keep_for_server(corpus, config)
     clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
     table = config.model
-    model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype)
+    model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype, config.task)
     model = replace(model, skips=can_skip(model))
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
     width = min(min(shape) for shape in shapes.values())
@@ -85,7 +85,7 @@ def prepare(config: Config) -> Experiment:
         allowed = f"at most the width of the narrowest adapted map, {width}"
         raise InputError("adapter.rank", config.adapter.rank, allowed)
     adapter, folds = _bank(config, model, shapes)
-    encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    encoded = _encode(config, model, corpus.train)
     if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
         raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
     cache = _prefix_cache(config)
@@ -112,10 +112,25 @@ def prepare(config: Config) -> Experiment:
         validate=None if kept is None else _validation(config, model, kept),
         clock=_clock(config, model, environments),
     )
-    test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
+    test = _encode(config, model, corpus.test)
     opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
     start = _start(config, federation, opening)
     return Experiment(config, corpus, clients, model, test, federation, start, cache, environments)
+
+
+def _corpus(config: Config) -> Corpus:
+    """The texts of the task; a language model has labels only where the partition goes by them."""
+    partition = config.partition
+    group = partition.column if isinstance(partition, Natural) else None
+    if config.task == "classification":
+        return load_corpus(config.data, config.seed, group)
+    skewed = None if isinstance(partition, Iid | Natural) else partition.kind
+    return load_instructions(config.data, config.seed, group, skewed)
+
+
+def _encode(config: Config, model: BaseModel, texts: Texts) -> Tokens:
+    encode = tokenize if config.task == "classification" else tokenize_instructions
+    return encode(texts, model.tokenizer, config.model.max_length)
 
 
 def _start(config: Config, fed: Federation, state: ServerState) -> ServerState:
@@ -246,7 +261,7 @@ def _validation(
     config: Config, model: BaseModel, kept: Texts
 ) -> Callable[[ServerState, ClientUpdate], float]:
     """The loss of one client's model on the server's own texts."""
-    data = tokenize(kept, model.tokenizer, config.model.max_length)
+    data = _encode(config, model, kept)
 
     def loss(state: ServerState, update: ClientUpdate) -> float:
         catch_up(model, [], Folds(0, state.folds))

@@ -33,7 +33,7 @@ from polyrank.data.texts import Data
 from polyrank.durable import kind_at
 from polyrank.errors import InputError, choices, first_line
 from polyrank.messages import Training
-from polyrank.models.load import PACKAGED
+from polyrank.models.load import PACKAGED, TaskName
 from polyrank.privacy import Privacy
 from polyrank.recipes import recipe
 from polyrank.robust import Robust
@@ -108,6 +108,8 @@ class Config(Schema):
     method: str = "fedit"
     seed: Annotated[int, Field(ge=0)] = 0
     rounds: Count = 6
+    task: TaskName = "classification"
+    """``causal_lm``: learn responses to prompts, token by token, instead of labels."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     model: Model = Model()
     adapter: AdapterTable = AdapterTable()
@@ -139,6 +141,8 @@ class Config(Schema):
             return given
         method = given.get("method", cls.model_fields["method"].default)
         merged = merge(recipe(method).config, given)
+        if merged.get("task") == "causal_lm":
+            merged = merge({"partition": {"kind": "iid"}, "model": {"max_length": 512}}, merged)
         for name, field in cls.model_fields.items():
             kind = getattr(field.default, "kind", None)
             if kind is not None and isinstance(merged.get(name), Mapping):

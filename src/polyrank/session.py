@@ -197,7 +197,8 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
             trained.shares.begin([own.lengths[part].tolist() for own, part in zip(data, rows, strict=True)])
             with precision(model.device):
                 logits = forward(rows, inputs)
-            each = _means(F.cross_entropy(logits.float(), labels, reduction="none"), rows)
+            taught = [own.targets(part) for own, part in zip(data, rows, strict=True)]
+            each = _means(F.cross_entropy(logits.float(), labels, reduction="none"), taught)
             losses.append(each.detach())
             optimizer.zero_grad(set_to_none=True)
             loss = each.sum() + _penalty(trained.layers, training)
@@ -219,11 +220,11 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
     ]
 
 
-def _means(values: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Mean of each client's values, [B] to [G]; 0 for a client without a row."""
-    counts = torch.tensor([len(own) for own in rows])
-    owner = torch.repeat_interleave(torch.arange(len(rows)), counts).to(values.device)
-    sums = values.new_zeros(len(rows)).index_add(0, owner, values)
+def _means(values: Tensor, taught: Sequence[int]) -> Tensor:
+    """Mean of each client's values (a label or a response token each), [n] to [G]; 0 for one without any."""
+    counts = torch.tensor(taught)
+    owner = torch.repeat_interleave(torch.arange(len(taught)), counts).to(values.device)
+    sums = values.new_zeros(len(taught)).index_add(0, owner, values)
     return sums / counts.clamp(min=1).to(values.device)
 
 

@@ -166,7 +166,8 @@ def _apart(model: BaseModel, depth: int) -> str:
     """How logits from a prefix up to ``depth`` are not those from the start, empty when they are."""
     ids = np.arange(9, dtype=np.int32) % (model.network.config.vocab_size - 4) + 3
     pad = int(model.network.config.pad_token_id or 0)
-    data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad)
+    responses = np.ones(2, dtype=np.int64) if model.task == "causal_lm" else None
+    data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad, responses)
     inputs, _ = data.batch([0, 1], model.device)
     try:
         with torch.inference_mode():
