@@ -80,6 +80,10 @@ class Evaluation(Schema):
     """Score the final model on each client's own held-out texts too."""
     holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of a client's texts kept aside when ``per_client`` is on."""
+    responses: Annotated[int, Field(ge=0)] = 3
+    """causal_lm: test prompts that the model responds to before the first round and after the last."""
+    max_new_tokens: Count = 64
+    """Where such a response is cut."""
     validation_texts: Annotated[int, Field(ge=0)] = 0
     """Train texts the server keeps; 0 means 200 where allocation goes by its own loss, none elsewhere.
     Set it for every arm of a comparison, so that all have the same clients."""

@@ -1,4 +1,4 @@
-"""The figures of a comparison: accuracy over rounds and over bytes, and slots per client."""
+"""The figures of a comparison: scores over rounds and over bytes, and slots per client."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
+from polyrank.measures import judged, measures_of
 from polyrank.report.comparison_numbers import Cell, scored_points
 from polyrank.report.figures import SERIES, Line, curve
 
@@ -22,9 +23,11 @@ def comparison_figures(cells: Mapping[str, Sequence[Cell]], target: float | None
     traffic = {name: ([p[1] / size for p in arm], [p[2] for p in arm]) for name, arm in points.items()}
     slots = {name: slots_by_client(arm) for name, arm in finished.items()}
     level = None if target is None else ("target", target)
+    scored = [row for arm in finished.values() for row in arm[0].rounds if measures_of(row) is not None]
+    title = judged(scored[0])[0].title if scored else "accuracy"
     return {
-        **dict(_drawn("Test accuracy over rounds", "round", rounds, level)),
-        **dict(_drawn("Test accuracy over traffic", f"{unit}, down and up", traffic, level)),
+        **dict(_drawn(f"Test {title} over rounds", "round", rounds, level)),
+        **dict(_drawn(f"Test {title} over traffic", f"{unit}, down and up", traffic, level)),
         **dict(_drawn("Slots of each client", "percent of clients, fewest slots first", slots)),
     }
 
@@ -35,7 +38,7 @@ def legend_name(label: str, place: int) -> str:
 
 
 def mean_points(cells: Sequence[Cell]) -> list[tuple[float, float, float]]:
-    """(round, bytes so far, test accuracy) of every scored round, bytes and accuracy as means over seeds."""
+    """(round, bytes so far, test score) of every scored round, bytes and score as means over seeds."""
     runs = [list(scored_points(cell.rounds)) for cell in cells]
     return [
         (
