@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.shape import shape_of
+from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
 from polyrank.robust import RobustMean
 from polyrank.round import Federation, make_task
@@ -76,9 +77,8 @@ def prepare(config: Config) -> Experiment:
     aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
     corpus, kept = _keep_for_server(corpus, config)
     clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
-    table = config.model
-    model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype, config.task)
-    model = replace(model, skips=can_skip(model))
+    model = load_model(config, corpus.label_names, device)
+    model = replace(model, skips=can_skip(model), recomputes=config.model.gradient_checkpointing)
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
     width = min(min(shape) for shape in shapes.values())
     if config.adapter.rank > width:
@@ -116,6 +116,17 @@ def prepare(config: Config) -> Experiment:
     opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
     start = _start(config, federation, opening)
     return Experiment(config, corpus, clients, model, test, federation, start, cache, environments)
+
+
+def load_model(config: Config, labels: Sequence[str], device: torch.device) -> BaseModel:
+    """The base model of a run.
+
+    Raises: InputError when it cannot be loaded.
+    """
+    table = config.model
+    if config.task == "causal_lm":
+        return load_speaker(table.name, device, table.base_dtype, table.quantize)
+    return load_base(table.name, labels, config.seed, device, table.base_dtype)
 
 
 def _corpus(config: Config) -> Corpus:

@@ -32,8 +32,10 @@ from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
 from polyrank.durable import kind_at
 from polyrank.errors import InputError, choices, first_line
+from polyrank.evaluation import Evaluation
 from polyrank.messages import Training
-from polyrank.models.load import PACKAGED, TaskName
+from polyrank.models.load import PACKAGED, Dtype, TaskName
+from polyrank.models.speaker import Bits
 from polyrank.privacy import Privacy
 from polyrank.recipes import recipe
 from polyrank.robust import Robust
@@ -51,8 +53,13 @@ class Model(Schema):
     name: str = PACKAGED
     max_length: Annotated[int, Field(ge=4)] = 64
     """Texts are cut to so many tokens."""
-    base_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How the frozen weights multiply; bf16 is faster on a CPU with units for it."""
+    base_dtype: Dtype = "fp32"
+    """How the frozen weights multiply; bf16 is faster on a CPU with units for it. Those of a language model
+    are also stored in it; adapter, loss and optimiser stay fp32."""
+    quantize: Bits | None = None
+    """causal_lm on CUDA: frozen weights of 4 (nf4) or 8 bits, by the extra ``quantized``."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest again for the backward pass."""
 
 
 class AdapterTable(Schema):
@@ -68,25 +75,6 @@ class AdapterTable(Schema):
     untrained: Untrained = "absent"
     """What a client does with active slots that it does not train: nothing, or hold them frozen."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
-
-
-class Evaluation(Schema):
-    """When and on what the global model is scored."""
-
-    every: Count = 1
-    """Rounds between two scorings on the test texts; the last round is always scored."""
-    batch_size: Count = 32
-    per_client: bool = False
-    """Score the final model on each client's own held-out texts too."""
-    holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of a client's texts kept aside when ``per_client`` is on."""
-    responses: Annotated[int, Field(ge=0)] = 3
-    """causal_lm: test prompts that the model responds to before the first round and after the last."""
-    max_new_tokens: Count = 64
-    """Where such a response is cut."""
-    validation_texts: Annotated[int, Field(ge=0)] = 0
-    """Train texts the server keeps; 0 means 200 where allocation goes by its own loss, none elsewhere.
-    Set it for every arm of a comparison, so that all have the same clients."""
 
 
 class Embedded(Schema):
@@ -188,6 +176,7 @@ class Config(Schema):
         elif isinstance(self.sampling, SamplePoisson):
             allowed = "needs a [privacy] table; a cohort may be empty, and nothing else knows what to do then"
             raise InputError("sampling.kind", "poisson", allowed)
+        self._model_fits()
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
@@ -203,6 +192,20 @@ class Config(Schema):
         if moving or isinstance(self.aggregation, Stacking):
             allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.sparse_rounds", rounds, allowed)
+
+    def _model_fits(self) -> None:
+        """Refuse what would add to weights of few bits, and prices of what is done twice."""
+        bits = self.model.quantize
+        if self.model.gradient_checkpointing and self.fleet is not None:
+            allowed = "must be false where a fleet is given: no device's price knows of it"
+            raise InputError("model.gradient_checkpointing", True, allowed)
+        if bits is None:
+            return
+        if self.task != "causal_lm":
+            raise InputError("model.quantize", bits, "goes with task = 'causal_lm' alone")
+        if self.adapter.start != "zero" or isinstance(self.aggregation, Stacking):
+            allowed = "needs adapter.start = 'zero' and a rule that folds nothing into the frozen weights"
+            raise InputError("model.quantize", bits, allowed)
 
     def _needs_no_fleet(self) -> None:
         """Refuse a policy that goes by devices where none are known."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +18,28 @@ from polyrank.data.tokens import Tokens
 from polyrank.lowrank import installed
 from polyrank.models.load import BaseModel, logits_of, write_head
 from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
+from polyrank.schema import Schema
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Evaluation(Schema):
+    """When and on what the global model is scored."""
+
+    every: Count = 1
+    """Rounds between two scorings on the test texts; the last round is always scored."""
+    batch_size: Count = 32
+    per_client: bool = False
+    """Score the final model on each client's own held-out texts too."""
+    holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of a client's texts kept aside when ``per_client`` is on."""
+    responses: Annotated[int, Field(ge=0)] = 3
+    """causal_lm: test prompts that the model responds to before the first round and after the last."""
+    max_new_tokens: Count = 64
+    """Where such a response is cut."""
+    validation_texts: Annotated[int, Field(ge=0)] = 0
+    """Train texts the server keeps; 0 means 200 where allocation goes by its own loss, none elsewhere.
+    Set it for every arm of a comparison, so that all have the same clients."""
 
 
 def evaluate(

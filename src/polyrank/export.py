@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, restrict
 from polyrank.aggregation.product import stack, truncated_svd
+from polyrank.assemble import load_model
 from polyrank.card import write_card
 from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
 from polyrank.errors import InputError
 from polyrank.ledger import RunFolder, refuse_existing
 from polyrank.lowrank import fold
-from polyrank.models.load import BaseModel, load_base, pick_device, public_name, quiet, write_head
+from polyrank.models.load import BaseModel, pick_device, public_name, quiet, write_head
 from polyrank.state import ServerState
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -101,7 +101,11 @@ def export_run(run: Path, out: Path, *, merged: bool, uniform: bool = False) -> 
     refuse_existing(out)
     folder = RunFolder(run)
     config, facts = read_config(folder), (folder.read("summary.json"), folder.read("partition.json"))
-    model, state = load_run(run, config, facts[1]["labels"], "cpu")
+    plain = config.model.model_copy(
+        update={"base_dtype": "fp32", "quantize": None}
+    )  # to fold in full precision
+    model = load_model(config.model_copy(update={"model": plain}), facts[1]["labels"], pick_device("cpu"))
+    state = load_state(run / STATE_FILE)
     if merged:
         _save_merged(model, state, out)
     else:
@@ -109,12 +113,6 @@ def export_run(run: Path, out: Path, *, merged: bool, uniform: bool = False) -> 
         export_adapter(model, state, out, uniform=uniform)
     write_card(out, model, config, facts)
     return out
-
-
-def load_run(run: Path, config: Config, labels: Sequence[str], device: str) -> tuple[BaseModel, ServerState]:
-    """The base model of a finished run, as it was loaded, and the state that the run ended in."""
-    state = load_state(run / STATE_FILE)
-    return load_base(config.model.name, labels, config.seed, pick_device(device), task=config.task), state
 
 
 def _save_merged(model: BaseModel, state: ServerState, out: Path) -> None:

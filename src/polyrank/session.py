@@ -34,6 +34,7 @@ from polyrank.lowrank import LowRankLinear, installed, read_adapter
 from polyrank.messages import Ballot, ClientUpdate, Training, TrainTask
 from polyrank.models.load import BaseModel
 from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
+from polyrank.models.recompute import recomputed
 from polyrank.seed import seed_for
 from polyrank.wire import trained_parts
 
@@ -86,6 +87,7 @@ def train_together(
     with (
         torch.random.fork_rng(devices=_cuda(model.device)),
         installed(model.network, starts, training.adapter_dropout, frozen, shares) as layers,
+        recomputed(model),
         own_heads(model.network, model.head_modules, heads, shares) as own,
     ):
         torch.manual_seed(seed_for(tasks[0].seed, "dropout"))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from polyrank.assemble import load_model
+from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.errors import InputError
-from polyrank.export import load_run, read_config, served_adapter
+from polyrank.export import read_config, served_adapter
 from polyrank.generation import respond
 from polyrank.ledger import RunFolder
+from polyrank.models.load import pick_device
 
 
 def speak(run: Path, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -21,5 +24,5 @@ def speak(run: Path, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     config = read_config(folder)
     if config.task != "causal_lm":
         raise InputError("RUN", str(run), f"has task = {config.task!r}; only 'causal_lm' responds to prompts")
-    model, state = load_run(run, config, (), config.device)
+    model, state = load_model(config, (), pick_device(config.device)), load_state(run / STATE_FILE)
     return respond(model, served_adapter(state), [(("user", prompt),) for prompt in prompts], max_new_tokens)

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from polyrank.config import load_config
+from polyrank.errors import InputError
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import installed
-from polyrank.models.load import load_base, logits_of, read_head
+from polyrank.models.load import logits_of, read_head
 from polyrank.models.packing import plain_logits
 from polyrank.models.prefix import PrefixCache, can_skip
+from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
 from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference
-from tests.conftest import CPU, SPEAKERS, tiny_network, tiny_speaker
-from tests.unit.test_client import prompts, task_for
+from tests.conftest import CPU, SPEAKERS, tiny_model, tiny_network, tiny_speaker
+from tests.unit.test_client import prompts, task_for, tokens
 from tests.unit.test_packing import apart, strong_adapter
 
 speakers = pytest.mark.parametrize("speaker", SPEAKERS)
@@ -154,12 +157,101 @@ def test_scores_count_every_response_token_once():
 def test_a_checkpoint_that_is_no_language_model_is_refused(tmp_path):
     from transformers import AutoTokenizer
 
-    from polyrank.errors import InputError
     from polyrank.models.load import packaged_model
 
     tiny_network("llama").save_pretrained(tmp_path)  # a classifier: its output layer is not there
     AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"loads as a causal language model \(the checkpoint lacks lm_head"):
-        load_base(str(tmp_path), (), 0, CPU, task="causal_lm")
+        load_speaker(str(tmp_path), CPU)
     with pytest.raises(InputError, match="model.name = 'minilm': a model folder or a hub id"):
-        load_base("minilm", (), 0, CPU, task="causal_lm")
+        load_speaker("minilm", CPU)
+
+
+@speakers
+@pytest.mark.parametrize("packs", [True, False])
+def test_recomputed_blocks_give_the_same_adapter(speaker, packs):
+    """And keep less: nothing between a block's entrance and its end."""
+    model, data = tiny_speaker(speaker), prompts(8)
+    model = dataclasses.replace(model, packs=packs and model.packs)
+    task = task_for(model, optimizer="sgd", learning_rate=1.0)
+    kept = {}
+
+    def trained(recomputes):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            update = train(task, ClientEnv(dataclasses.replace(model, recomputes=recomputes), data))
+        kept[recomputes] = sum(sizes)
+        return update.adapter
+
+    assert largest_difference(trained(True), trained(False)) == 0
+    assert kept[True] < 0.7 * kept[False]
+    assert not any("forward" in model.network.get_submodule(name).__dict__ for name in model.blocks)
+
+
+def test_recomputed_blocks_of_a_classifier_that_runs_its_last_block_for_one_token():
+    model = tiny_model("llama")
+    task, data = task_for(model, optimizer="sgd"), tokens(8)
+    own = model.network.get_submodule(model.blocks[-1]).forward
+    plain, again = (
+        train(task, ClientEnv(dataclasses.replace(model, recomputes=asked), data)) for asked in (False, True)
+    )
+    assert largest_difference(plain.adapter, again.adapter) == 0
+    assert model.network.get_submodule(model.blocks[-1]).forward is own
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Folders of tiny language models by name, in bf16, with a tokenizer."""
+    from transformers import AutoTokenizer
+
+    from polyrank.models.load import packaged_model
+
+    def folder(speaker):
+        path = tmp_path_factory.mktemp(speaker)
+        tiny_speaker(speaker, initializer_range=0.2).network.to(torch.bfloat16).save_pretrained(path)
+        AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(path)
+        return str(path)
+
+    return folder
+
+
+@speakers
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_stored_in_bf16_trains_an_adapter_in_fp32(speaker, stored, tmp_path):
+    path, data = stored(speaker), prompts(8)
+    wide, narrow = load_speaker(path, CPU), load_speaker(path, CPU, "bf16")
+    assert {p.dtype for p in narrow.network.parameters()} == {torch.bfloat16}
+    assert (narrow.packs, can_skip(narrow)) == (wide.packs, True)
+    upper = next(m for m in resolve_targets(wide.network, wide.blocks, "attention") if ".1." in m)
+    task = task_for(wide, only=upper, optimizer="sgd", learning_rate=1.0, local_steps=8)
+    cached = ClientEnv(dataclasses.replace(narrow, skips=True), data, prefix=PrefixCache(tmp_path, 10**6))
+    reference = train(task, ClientEnv(wide, data)).adapter
+    moved = largest_difference(reference, task.adapter)
+    for env in (ClientEnv(narrow, data), cached):
+        update = train(task, env)
+        assert {t.dtype for f in update.adapter.modules.values() for t in f.tensors().values()} == {
+            torch.float32
+        }
+        assert 0 < largest_difference(update.adapter, reference) < 0.1 * moved
+    loss = evaluate(wide, reference, {}, data, 4)["loss"]
+    assert evaluate(narrow, reference, {}, data, 4)["loss"] == pytest.approx(loss, rel=0.02)
+
+
+def test_few_bits_need_cuda(stored):
+    with pytest.raises(InputError, match="model.quantize = '4bit': needs CUDA, and this run is on cpu"):
+        load_speaker(stored("llama"), CPU, bits="4bit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["model.quantize=4bit"], "model.quantize = '4bit': goes with task = 'causal_lm' alone"),
+        (["task=causal_lm", "model.quantize=8bit", "method=flora"], "folds nothing into the frozen weights"),
+        (["task=causal_lm", "model.quantize=8bit", "method=federa"], "needs adapter.start = 'zero'"),
+        (["model.quantize=2bit"], "must be '8bit' or '4bit'"),
+        (["model.gradient_checkpointing=true", "fleet.name=edge3"], "must be false where a fleet is given"),
+    ],
+)
+def test_what_does_not_go_with_few_bits_or_recomputing(settings, complaint):
+    with pytest.raises(InputError, match=complaint):
+        load_config(settings=settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import warnings
@@ -47,6 +46,7 @@ class BaseModel:
         reasons: why it does not pack or pool, by ``packing`` and ``pooling``.
         digest: sha256 of its weights as they were loaded.
         task: what it is for.
+        recomputes: whether its blocks compute anew what their gradient needs, instead of keeping it.
     """
 
     network: Any
@@ -62,6 +62,7 @@ class BaseModel:
     reasons: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
     task: TaskName = "classification"
+    recomputes: bool = False
 
 
 def packaged_model() -> Path:
@@ -102,75 +103,60 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_base(
-    name: str,
-    labels: Sequence[str],
-    seed: int,
-    device: torch.device,
-    base_dtype: Dtype = "fp32",
-    task: TaskName = "classification",
+    name: str, labels: Sequence[str], seed: int, device: torch.device, base_dtype: Dtype = "fp32"
 ) -> BaseModel:
-    """A frozen base model: a sequence classifier with a head for ``labels``, or a causal language model.
+    """A sequence classifier with frozen base and a head for ``labels``.
 
-    What a classifier's checkpoint lacks (the head at least) is drawn from ``seed``, so that two loads agree
-    bit for bit. A language model must lack nothing.
+    What the checkpoint lacks (the head at least) is drawn from ``seed``, so that two loads agree
+    bit for bit.
 
     Args:
-        base_dtype: ``bf16`` multiplies by the frozen weights in bf16 where the CPU has units for it; on CUDA
-            a language model is also stored in it.
+        base_dtype: ``bf16`` multiplies by the frozen weights in bf16 where the CPU has units for it.
 
     Raises:
         InputError: nothing can be loaded under that name.
     """
-    source = str(packaged_model()) if name == PACKAGED and task == "classification" else name
-    kind = "classifier" if task == "classification" else "causal language model"
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        known = f"'{PACKAGED}', " if task == "classification" else ""
-        raise InputError("model.name", name, f"no such folder; {known}a model folder or a hub id")
-    read = functools.partial(_classifier, labels=labels) if task == "classification" else _speaker
-    stored = (
-        torch.bfloat16 if (task, base_dtype, device.type) == ("causal_lm", "bf16", "cuda") else torch.float32
-    )
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(seed, "head"))
-            network, tokenizer, new = read(source, dtype=stored)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        known = f"'{PACKAGED}', " if task == "classification" else ""
-        allowed = f"{known}a model folder or a hub id that loads as a {kind} ({first_line(error)})"
-        raise InputError("model.name", name, allowed) from error
-    digest = _weights_digest(network)
-    model = replace(prepare(network, tokenizer, source, new, device, task), digest=digest)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = str(packaged_model()) if name == PACKAGED else name
+    with reading(name, source, f"'{PACKAGED}', a model folder or a hub id", "classifier"):
+        torch.manual_seed(seed_for(seed, "head"))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        network, info = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
+    digest = weights_digest(network)
+    model = replace(prepare(network, tokenizer, source, new, device), digest=digest)
     if device.type == "cpu" and (bf16_is_fast() if base_dtype == "bf16" else fp32_pays()):
         pack_blocks(model.network, model.blocks, model.head_modules, base_dtype)
     return model
 
 
-def _classifier(source: str, dtype: torch.dtype, labels: Sequence[str]) -> tuple[Any, Any, set[str]]:
-    """Network and tokenizer, and the names of the parameters that the checkpoint lacks."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+@contextlib.contextmanager
+def reading(name: str, source: str, known: str, kind: str) -> Iterator[None]:
+    """Read a model quietly, with random numbers of its own.
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    network, info = AutoModelForSequenceClassification.from_pretrained(
-        source,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        ignore_mismatched_sizes=True,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    return network, tokenizer, set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
+    Args:
+        known: what ``model.name`` may be.
+        kind: what it shall load as.
 
-
-def _speaker(source: str, dtype: torch.dtype) -> tuple[Any, Any, set[str]]:
-    """The same of a causal language model, which would babble with a parameter drawn at random."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    network, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"the checkpoint lacks {missing[0]}" + (" and others" if missing[1:] else ""))
-    return network, tokenizer, set()
+    Raises: InputError when there is no such folder, or what is there cannot be loaded.
+    """
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise InputError("model.name", name, f"no such folder; {known}")
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        allowed = f"{known} that loads as a {kind} ({first_line(error)})"
+        raise InputError("model.name", name, allowed) from error
 
 
 def prepare(
@@ -204,7 +190,8 @@ def prepare(
     ordered = [n for n, _ in network.named_modules() if n in head and not _inside(n, head)]
     network.requires_grad_(False)
     network.eval()
-    network.to(device)
+    if not getattr(network, "is_quantized", False):  # such a one is where it was loaded, and stays
+        network.to(device)
     if getattr(network.config, "use_cache", False) and not speaks:
         network.config.use_cache = False  # keys and values are kept for texts that grow; none does here
     blocks = block_names(base, prefix)
@@ -213,7 +200,7 @@ def prepare(
     return BaseModel(*parts, packs=ready.packs, pools=ready.pools, reasons=ready.reasons, task=task)
 
 
-def _weights_digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """sha256 of all parameters and buffers by name; about 1 s per 2 GB."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -119,7 +119,7 @@ def forward_from(
     def logits(rows: Sequence[Sequence[int]], inputs: Mapping[str, Tensor]) -> Tensor:
         places = [torch.from_numpy(own.where(part)) for own, part in zip(data, rows, strict=True)]
         hidden = torch.cat([kept[place] for kept, place in zip(stored, places, strict=True)])
-        shaped = _shaped(model, hidden.float().to(model.device), inputs["attention_mask"])
+        shaped = _shaped(model, hidden.to(model.device), inputs["attention_mask"])
         with _skipping(model, depth, shaped):
             return logits_of(model, inputs)
 
@@ -214,6 +214,7 @@ def _entering(model: BaseModel, inputs: Mapping[str, Tensor], depth: int) -> Ten
 
 def _shaped(model: BaseModel, rows: Tensor, attention_mask: Tensor) -> Tensor:
     """Rows [N, H] as the blocks expect them: [1, N, H] where they run packed, [B, T, H] otherwise."""
+    rows = rows.to(model.network.dtype)
     return rows[None] if model.packs else layout_of(attention_mask).pad(rows[None])
 
 
