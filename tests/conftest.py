@@ -56,6 +56,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _QWEN2),
 }
 
+_SPEAKER = {k: v for k, v in _BERT.items() if k != "num_labels"}
+SPEAKERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", FAMILIES["gpt2"][1]),
+    "gpt-neox": ("GPTNeoX", {**_SPEAKER, "rotary_pct": 0.5}),
+    "llama": ("Llama", {**_SPEAKER, "num_key_value_heads": 1}),
+    "llama-tied": ("Llama", {**_SPEAKER, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", FAMILIES["mistral"][1]),
+    "qwen2": ("Qwen2", _QWEN2),
+    "gemma": ("Gemma", {**_SPEAKER, "num_key_value_heads": 1, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**_SPEAKER, "num_key_value_heads": 1, "head_dim": 8}),
+    "phi": ("Phi", {**_SPEAKER, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", _SPEAKER),
+}
+
 
 def tiny_network(family: str, **changes: Any) -> Any:
     """A random classifier of a family with two blocks, always the same numbers."""
@@ -70,6 +84,16 @@ def tiny_network(family: str, **changes: Any) -> Any:
 def tiny_model(family: str = "bert", **changes: Any) -> BaseModel:
     network = tiny_network(family, **changes)
     return prepare(network, None, f"tiny-{family}", set(), CPU)
+
+
+def tiny_speaker(family: str = "llama", **changes: Any) -> BaseModel:
+    """A random causal language model of a family with two blocks, always the same numbers."""
+    name, options = SPEAKERS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        config = getattr(transformers, f"{name}Config")(**{**options, **changes})
+        network = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return prepare(network, None, f"tiny-{family}", set(), CPU, "causal_lm")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -39,6 +39,14 @@ METHODS: dict[str, list[str]] = {
         "allocation.tiers=[{rank=1,share=0.5},{rank=3,share=0.5}]",
     ],
     "federa": ["method=federa"],
+    "causal": [
+        "task=causal_lm",
+        "model.name={folder}/speaker",
+        "data.source={folder}/questions.jsonl",
+        "model.max_length=30",
+        "evaluation.responses=2",
+        "evaluation.max_new_tokens=4",
+    ],
     "pruning": ["method=hetlora", "allocation.tiers=[{rank=2,share=0.5},{rank=3,share=0.5}]"],
 }
 
@@ -63,14 +71,15 @@ def small_config(folder: Path, method: str = "plain", *more: str) -> Config:
         "engine.fuse=1",
         "evaluation.per_client=true",
     ]
-    return load_config(None, [*given, *METHODS[method], *more])
+    own = [setting.replace("{folder}", str(folder)) for setting in METHODS[method]]
+    return load_config(None, [*given, *own, *more])
 
 
 def make_inputs(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from tests.conftest import tiny_network
+    from tests.conftest import tiny_network, tiny_speaker
 
     draw = random.Random(3)
     network = tiny_network("bert")
@@ -87,6 +96,13 @@ def make_inputs(folder: Path) -> None:
             label = draw.randrange(3)
             chosen = draw.sample(WORDS[25 * label : 25 * label + 30], draw.randint(3, 9))
             writer.writerow([" ".join(chosen), f"kind {label}"])
+    tiny_speaker("llama").network.save_pretrained(folder / "speaker")
+    tokenizer.save_pretrained(folder / "speaker")
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(60):
+            question, answer = (draw.choices(WORDS, k=draw.randint(2, 6)) for _ in range(2))
+            row = {"question": " ".join(question), "answer": " ".join(answer)}
+            file.write(json.dumps(row) + "\n")
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -95,6 +111,8 @@ def results(run: Path) -> dict[str, Any]:
     for name in LEDGERS:
         lines = (run / name).read_text().splitlines() if (run / name).exists() else []
         found[name] = [untimed(json.loads(line)) for line in lines]
+    if (run / "samples.json").exists():
+        found["samples"] = json.loads((run / "samples.json").read_text())
     summary = untimed(json.loads((run / "summary.json").read_text()))
     summary.pop("prefix_cache", None)
     return {**found, "summary": summary}

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
 from polyrank.config import Config
-from polyrank.data.partition import ClientRows, Natural, share_out
-from polyrank.data.source import load_corpus
+from polyrank.data.instructions import tokenize_instructions
+from polyrank.data.partition import ClientRows, Iid, Natural, share_out
+from polyrank.data.source import load_corpus, load_instructions
 from polyrank.data.texts import Corpus, Texts, corpus_digest
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.base import Engine
@@ -36,6 +37,7 @@ from polyrank.messages import ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.shape import shape_of
+from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
 from polyrank.robust import RobustMean
 from polyrank.round import Federation, make_task
@@ -71,21 +73,19 @@ def prepare(config: Config) -> Experiment:
     """Load data and model, share the data out, and set the federation up."""
     torch.set_num_threads(config.engine.threads)
     device = pick_device(config.device)
-    group = config.partition.column if isinstance(config.partition, Natural) else None
-    corpus = load_corpus(config.data, config.seed, group)
+    corpus = _corpus(config)
     aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
     corpus, kept = _keep_for_server(corpus, config)
     clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
-    table = config.model
-    model = load_base(table.name, corpus.label_names, config.seed, device, table.base_dtype)
-    model = replace(model, skips=can_skip(model))
+    model = load_model(config, corpus.label_names, device)
+    model = replace(model, skips=can_skip(model), recomputes=config.model.gradient_checkpointing)
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
     width = min(min(shape) for shape in shapes.values())
     if config.adapter.rank > width:
         allowed = f"at most the width of the narrowest adapted map, {width}"
         raise InputError("adapter.rank", config.adapter.rank, allowed)
     adapter, folds = _bank(config, model, shapes)
-    encoded = tokenize(corpus.train, model.tokenizer, config.model.max_length)
+    encoded = _encode(config, model, corpus.train)
     if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
         raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
     cache = _prefix_cache(config)
@@ -112,10 +112,36 @@ def prepare(config: Config) -> Experiment:
         validate=None if kept is None else _validation(config, model, kept),
         clock=_clock(config, model, environments),
     )
-    test = tokenize(corpus.test, model.tokenizer, config.model.max_length)
+    test = _encode(config, model, corpus.test)
     opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
     start = _start(config, federation, opening)
     return Experiment(config, corpus, clients, model, test, federation, start, cache, environments)
+
+
+def load_model(config: Config, labels: Sequence[str], device: torch.device) -> BaseModel:
+    """The base model of a run.
+
+    Raises: InputError when it cannot be loaded.
+    """
+    table = config.model
+    if config.task == "causal_lm":
+        return load_speaker(table.name, device, table.base_dtype, table.quantize)
+    return load_base(table.name, labels, config.seed, device, table.base_dtype)
+
+
+def _corpus(config: Config) -> Corpus:
+    """The texts of the task; a language model has labels only where the partition goes by them."""
+    partition = config.partition
+    group = partition.column if isinstance(partition, Natural) else None
+    if config.task == "classification":
+        return load_corpus(config.data, config.seed, group)
+    skewed = None if isinstance(partition, Iid | Natural) else partition.kind
+    return load_instructions(config.data, config.seed, group, skewed)
+
+
+def _encode(config: Config, model: BaseModel, texts: Texts) -> Tokens:
+    encode = tokenize if config.task == "classification" else tokenize_instructions
+    return encode(texts, model.tokenizer, config.model.max_length)
 
 
 def _start(config: Config, fed: Federation, state: ServerState) -> ServerState:
@@ -246,7 +272,7 @@ def _validation(
     config: Config, model: BaseModel, kept: Texts
 ) -> Callable[[ServerState, ClientUpdate], float]:
     """The loss of one client's model on the server's own texts."""
-    data = tokenize(kept, model.tokenizer, config.model.max_length)
+    data = _encode(config, model, kept)
 
     def loss(state: ServerState, update: ClientUpdate) -> float:
         catch_up(model, [], Folds(0, state.folds))

@@ -8,12 +8,15 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import polyrank
 from polyrank.errors import InputError, RunError, printable
+
+if TYPE_CHECKING:
+    from polyrank.assemble import Experiment
 
 app = typer.Typer(
     add_completion=False,
@@ -63,13 +66,14 @@ def run(
             typer.echo(resolved.robust.limits())
     experiment = prepare(resolved)
     folder = open_folder(experiment, out)
-    _go_through(conduct(experiment, folder), folder.path, experiment.federation.rounds, as_json)
+    _go_through(conduct(experiment, folder), folder.path, experiment, as_json)
 
 
 @app.command()
 def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
     """Go on with a run that stopped, to the same result as if it had not."""
     from polyrank.experiment import conduct
+    from polyrank.measures import judged
     from polyrank.restart import reopen, restore
 
     reopened = reopen(run_folder)
@@ -79,22 +83,25 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
         if as_json:
             _print_json({"run": str(run_folder), **reopened.summary})
         else:
-            typer.echo(f"{run_folder} is finished: accuracy {reopened.summary['test_accuracy']:.3f}")
+            lead, _ = judged(reopened.summary)
+            typer.echo(f"{run_folder} is finished: {lead.title} {reopened.summary[lead.on_test]:.3f}")
         return
     experiment, manifest = restore(reopened)
-    rounds = experiment.federation.rounds
     if not as_json:
-        typer.echo(f"{run_folder}: {experiment.start.round} of {rounds} rounds are done")
-    _go_through(conduct(experiment, reopened.folder, manifest), run_folder, rounds, as_json)
+        done, rounds = experiment.start.round, experiment.federation.rounds
+        typer.echo(f"{run_folder}: {done} of {rounds} rounds are done")
+    _go_through(conduct(experiment, reopened.folder, manifest), run_folder, experiment, as_json)
 
 
-def _go_through(rows: Iterator[dict[str, Any]], path: Path, rounds: int, as_json: bool) -> None:
+def _go_through(rows: Iterator[dict[str, Any]], path: Path, experiment: Experiment, as_json: bool) -> None:
     """Show a run's rows as they come, and its result."""
+    from polyrank.measures import told
     from polyrank.progress import show
 
     summary: dict[str, Any] = {}
+    rounds = experiment.federation.rounds
     try:
-        for row in rows if as_json else show(rows, rounds):
+        for row in rows if as_json else show(rows, rounds, experiment.config.task):
             summary = row
     except KeyboardInterrupt:
         typer.echo(f"polyrank: stopped; `polyrank resume {path}` goes on from its last round", err=True)
@@ -102,10 +109,7 @@ def _go_through(rows: Iterator[dict[str, Any]], path: Path, rounds: int, as_json
     if as_json:
         _print_json({"run": str(path), **summary})
         return
-    typer.echo(
-        f"accuracy {summary['test_accuracy']:.3f}, macro-F1 {summary['test_macro_f1']:.3f} "
-        f"(majority class {summary['majority_rate']:.3f}) in {summary['wall_s']:.0f} s"
-    )
+    typer.echo(f"{told(summary)} in {summary['wall_s']:.0f} s")
     typer.echo(f"report   {path / 'report.html'}")
     typer.echo(f"adapter  {path / 'adapter'}")
 
@@ -132,7 +136,9 @@ def compare(
     ],
     seeds: Annotated[int, typer.Option(help="Run every arm on the seeds 0 to N-1.")] = 3,
     settings: SetOption = None,
-    target: Annotated[float | None, typer.Option(help="Tell what it took to this test accuracy.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Tell what it took to this test accuracy (or perplexity).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder, or one to finish.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -142,8 +148,10 @@ def compare(
     arms = comparison.read_arms(names, settings or [])
     folder = out or comparison.free_folder()
     rows = comparison.compare(arms, range(seeds), folder, target)
-    cells = comparison.cell_names(arms, range(seeds))
-    failed = [row for row in (rows if as_json else comparison.show_cells(rows, cells)) if "error" in row]
+    cells, task = comparison.cell_names(arms, range(seeds)), next(iter(arms.values())).task
+    failed = [
+        row for row in (rows if as_json else comparison.show_cells(rows, cells, task)) if "error" in row
+    ]
     told = "; ".join(f"{row['label']}-{row['seed']}: {row['error']}" for row in failed)
     if len(failed) == len(cells):
         raise RunError(f"every cell failed ({told})")
@@ -163,6 +171,9 @@ def compare(
 def export(
     run_folder: RunArgument,
     merge: Annotated[bool, typer.Option("--merge", help="A plain model with the adapter folded in.")] = False,
+    uniform: Annotated[
+        bool, typer.Option("--uniform-rank", help="Zero slots up to one rank, as serving engines want.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="New folder; RUN/merged or RUN/exported.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,11 +181,29 @@ def export(
     from polyrank.export import export_run
 
     target = out or run_folder / ("merged" if merge else "exported")
-    path = export_run(run_folder, target, merged=merge)
+    path = export_run(run_folder, target, merged=merge, uniform=uniform)
     if as_json:
         _print_json({"path": str(path), "merged": merge})
     else:
         typer.echo(str(path))
+
+
+@app.command()
+def generate(
+    run_folder: RunArgument,
+    prompt: Annotated[list[str], typer.Option(help="What to say to the model; may be given again.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a response is cut.")] = 128,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a run's language model respond, for a first look."""
+    from polyrank.speak import speak
+
+    said = speak(run_folder, prompt, max_new_tokens)
+    if as_json:
+        _print_json([{"prompt": asked, "response": text} for asked, text in zip(prompt, said, strict=True)])
+        return
+    for text in said:
+        typer.echo(text)
 
 
 @app.command()

@@ -8,6 +8,7 @@ meet the same clients in the same order.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -24,6 +25,7 @@ from polyrank.config import Config, load_config
 from polyrank.errors import InputError, RunError, choices
 from polyrank.experiment import run
 from polyrank.ledger import RunFolder
+from polyrank.measures import MEASURES, measures_of
 from polyrank.recipes import recipes
 from polyrank.report.comparison import PLAN, result_lines, write_comparison
 from polyrank.report.comparison_numbers import cell_path, is_finished, read_cell
@@ -38,8 +40,6 @@ __all__ = [
     "show_cells",
     "write_comparison",
 ]
-
-COLUMNS = ("cell", "status", "accuracy", "wall s", "ETA")
 
 
 def read_arms(names: Sequence[str], settings: Sequence[str] = ()) -> dict[str, Config]:
@@ -86,14 +86,23 @@ def compare(
     Args:
         arms: config by label; the first is what the others are compared to. Their own seeds are not used.
         out: a new folder, or one of the same arms and seeds, which is then finished.
-        target: a test accuracy; rows then say the rounds and bytes it took.
+        target: a test accuracy (or perplexity); rows then say the rounds and bytes it took.
 
     Raises: InputError when ``out`` holds something else or a config cannot be run; nothing was overwritten.
     """
-    if target is not None and not 0 < target <= 1:
-        raise InputError("--target", target, "must be an accuracy above 0 and at most 1")
-    open_comparison(out, make_plan(arms, seeds))
+    plan = make_plan(arms, seeds)
+    if target is not None:
+        check_target(target, next(iter(arms.values())).task)
+    open_comparison(out, plan)
     return _rows(arms, seeds, out, target)
+
+
+def check_target(target: float, task: str) -> None:
+    """Raises: InputError when no run could be as good, or every run is."""
+    if task == "classification" and not 0 < target <= 1:
+        raise InputError("--target", target, "must be an accuracy above 0 and at most 1")
+    if task == "causal_lm" and not 1 < target < math.inf:
+        raise InputError("--target", target, "must be a perplexity above 1")
 
 
 def _rows(
@@ -130,6 +139,8 @@ def make_plan(arms: Mapping[str, Config], seeds: Sequence[int]) -> dict[str, Any
             raise InputError("ARM", label, "must begin with a letter or digit; then also . _ + -")
     if len({label.casefold() for label in arms}) < len(arms):
         raise InputError("ARM", list(arms), "two names differ in upper and lower case alone")
+    if len(tasks := sorted({config.task for config in arms.values()})) > 1:
+        raise InputError("ARM", list(arms), f"one has task {tasks[0]!r} and another {tasks[1]!r}")
     configs = {label: config.model_dump(mode="json", exclude={"seed"}) for label, config in arms.items()}
     return {
         "arms": [{"label": label, "config": config} for label, config in configs.items()],
@@ -198,35 +209,40 @@ def _naming(label: str) -> Iterator[None]:
         raise InputError(f"{label}: {error.key}", error.value, error.allowed) from error
 
 
-def show_cells(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def show_cells(
+    rows: Iterable[dict[str, Any]], names: Sequence[str], task: str = "classification"
+) -> Iterator[dict[str, Any]]:
     """Pass the rows of a comparison through, showing each cell.
 
     On a terminal one table holds all cells, also those that wait; elsewhere each cell that is through
     prints one plain line.
     """
     console = Console()
+    heading = ("cell", "status", MEASURES[task][0].title, "wall s", "ETA")
     if console.is_terminal:
-        yield from _live(rows, names, console)
+        yield from _live(rows, names, heading, console)
         return
     width = max(map(len, names))
-    print(_line(COLUMNS, width), flush=True)
+    print(_line(heading, width), flush=True)
     for row, shown in _timed(rows, len(names)):
         print(_line(shown, width), flush=True)
         yield row
 
 
-def _live(rows: Iterable[dict[str, Any]], names: Sequence[str], console: Console) -> Iterator[dict[str, Any]]:
+def _live(
+    rows: Iterable[dict[str, Any]], names: Sequence[str], heading: Sequence[str], console: Console
+) -> Iterator[dict[str, Any]]:
     table = {name: [name, "waiting", "", "", ""] for name in names}
-    with Live(_table(table.values()), console=console, auto_refresh=False) as live:
+    with Live(_table(heading, table.values()), console=console, auto_refresh=False) as live:
         for row, shown in _timed(rows, len(names)):
             table[shown[0]] = shown
-            live.update(_table(table.values()), refresh=True)
+            live.update(_table(heading, table.values()), refresh=True)
             yield row
 
 
-def _table(lines: Iterable[Sequence[str]]) -> Table:
+def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
     """The first cell that waits is the one that runs."""
-    table, running = Table(*COLUMNS), False
+    table, running = Table(*heading), False
     for name, status, *rest in lines:
         starts = status == "waiting" and not running
         table.add_row(name, "running" if starts else status, *rest)
@@ -245,7 +261,7 @@ def _timed(rows: Iterable[dict[str, Any]], count: int) -> Iterator[tuple[dict[st
             [
                 f"{row['label']}-{row['seed']}",
                 row["status"],
-                f"{row['test_accuracy']:.3f}" if "test_accuracy" in row else "",
+                "" if (both := measures_of(row)) is None else f"{row[both[0].on_test]:.3f}",
                 f"{row['wall_s']:.0f}" if "wall_s" in row else "",
                 "" if left_s is None else f"{int(left_s) // 60}:{int(left_s) % 60:02d}",
             ],

@@ -32,8 +32,10 @@ from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
 from polyrank.durable import kind_at
 from polyrank.errors import InputError, choices, first_line
+from polyrank.evaluation import Evaluation
 from polyrank.messages import Training
-from polyrank.models.load import PACKAGED
+from polyrank.models.load import PACKAGED, Dtype, TaskName
+from polyrank.models.speaker import Bits
 from polyrank.privacy import Privacy
 from polyrank.recipes import recipe
 from polyrank.robust import Robust
@@ -51,8 +53,13 @@ class Model(Schema):
     name: str = PACKAGED
     max_length: Annotated[int, Field(ge=4)] = 64
     """Texts are cut to so many tokens."""
-    base_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How the frozen weights multiply; bf16 is faster on a CPU with units for it."""
+    base_dtype: Dtype = "fp32"
+    """How the frozen weights multiply; bf16 is faster on a CPU with units for it. Those of a language model
+    are also stored in it; adapter, loss and optimiser stay fp32."""
+    quantize: Bits | None = None
+    """causal_lm on CUDA: frozen weights of 4 (nf4) or 8 bits, by the extra ``quantized``."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest again for the backward pass."""
 
 
 class AdapterTable(Schema):
@@ -68,21 +75,6 @@ class AdapterTable(Schema):
     untrained: Untrained = "absent"
     """What a client does with active slots that it does not train: nothing, or hold them frozen."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
-
-
-class Evaluation(Schema):
-    """When and on what the global model is scored."""
-
-    every: Count = 1
-    """Rounds between two scorings on the test texts; the last round is always scored."""
-    batch_size: Count = 32
-    per_client: bool = False
-    """Score the final model on each client's own held-out texts too."""
-    holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of a client's texts kept aside when ``per_client`` is on."""
-    validation_texts: Annotated[int, Field(ge=0)] = 0
-    """Train texts the server keeps; 0 means 200 where allocation goes by its own loss, none elsewhere.
-    Set it for every arm of a comparison, so that all have the same clients."""
 
 
 class Embedded(Schema):
@@ -108,6 +100,8 @@ class Config(Schema):
     method: str = "fedit"
     seed: Annotated[int, Field(ge=0)] = 0
     rounds: Count = 6
+    task: TaskName = "classification"
+    """``causal_lm``: learn responses to prompts, token by token, instead of labels."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     model: Model = Model()
     adapter: AdapterTable = AdapterTable()
@@ -139,6 +133,8 @@ class Config(Schema):
             return given
         method = given.get("method", cls.model_fields["method"].default)
         merged = merge(recipe(method).config, given)
+        if merged.get("task") == "causal_lm":
+            merged = merge({"partition": {"kind": "iid"}, "model": {"max_length": 512}}, merged)
         for name, field in cls.model_fields.items():
             kind = getattr(field.default, "kind", None)
             if kind is not None and isinstance(merged.get(name), Mapping):
@@ -180,6 +176,7 @@ class Config(Schema):
         elif isinstance(self.sampling, SamplePoisson):
             allowed = "needs a [privacy] table; a cohort may be empty, and nothing else knows what to do then"
             raise InputError("sampling.kind", "poisson", allowed)
+        self._model_fits()
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
@@ -195,6 +192,20 @@ class Config(Schema):
         if moving or isinstance(self.aggregation, Stacking):
             allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.sparse_rounds", rounds, allowed)
+
+    def _model_fits(self) -> None:
+        """Refuse what would add to weights of few bits, and prices of what is done twice."""
+        bits = self.model.quantize
+        if self.model.gradient_checkpointing and self.fleet is not None:
+            allowed = "must be false where a fleet is given: no device's price knows of it"
+            raise InputError("model.gradient_checkpointing", True, allowed)
+        if bits is None:
+            return
+        if self.task != "causal_lm":
+            raise InputError("model.quantize", bits, "goes with task = 'causal_lm' alone")
+        if self.adapter.start != "zero" or isinstance(self.aggregation, Stacking):
+            allowed = "needs adapter.start = 'zero' and a rule that folds nothing into the frozen weights"
+            raise InputError("model.quantize", bits, allowed)
 
     def _needs_no_fleet(self) -> None:
         """Refuse a policy that goes by devices where none are known."""

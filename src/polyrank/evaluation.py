@@ -1,13 +1,15 @@
-"""How good a model is on labelled texts: loss, accuracy, macro-F1."""
+"""How good a model is: on labels, accuracy and macro-F1; on responses, perplexity and token accuracy."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +18,28 @@ from polyrank.data.tokens import Tokens
 from polyrank.lowrank import installed
 from polyrank.models.load import BaseModel, logits_of, write_head
 from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
+from polyrank.schema import Schema
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Evaluation(Schema):
+    """When and on what the global model is scored."""
+
+    every: Count = 1
+    """Rounds between two scorings on the test texts; the last round is always scored."""
+    batch_size: Count = 32
+    per_client: bool = False
+    """Score the final model on each client's own held-out texts too."""
+    holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of a client's texts kept aside when ``per_client`` is on."""
+    responses: Annotated[int, Field(ge=0)] = 3
+    """causal_lm: test prompts that the model responds to before the first round and after the last."""
+    max_new_tokens: Count = 64
+    """Where such a response is cut."""
+    validation_texts: Annotated[int, Field(ge=0)] = 0
+    """Train texts the server keeps; 0 means 200 where allocation goes by its own loss, none elsewhere.
+    Set it for every arm of a comparison, so that all have the same clients."""
 
 
 def evaluate(
@@ -31,6 +55,8 @@ def evaluate(
     depth = usable_depth(model, adapter.modules, data, cache)
     forward = forward_from(model, [data], depth, cache)
     with installed(model.network, [adapter]):
+        if data.responses is not None:
+            return response_scores(model, data, batch_size, forward)
         logits = predict(model, data, batch_size, lambda rows, inputs: forward([rows], inputs))
     return scores(logits, torch.from_numpy(data.labels))
 
@@ -61,6 +87,31 @@ def predict(
             logits[torch.from_numpy(rows)] = batch
     assert logits is not None, "there are no examples to score"
     return logits.clone()
+
+
+def response_scores(
+    model: BaseModel,
+    data: Tokens,
+    batch_size: int,
+    forward: Callable[[Sequence[Sequence[int]], Mapping[str, Tensor]], Tensor],
+) -> dict[str, float]:
+    """Mean cross-entropy of the response tokens, its exponential, and how many were the likeliest next token.
+
+    Each response token counts once, however the texts are batched.
+    """
+    order = np.argsort(data.lengths, kind="stable")
+    loss, hits, count = 0.0, 0, 0
+    with torch.inference_mode(), precision(model.device):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size].tolist()
+            inputs, labels = data.batch(rows, model.device)
+            logits = forward([rows], inputs).float()
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            hits += int((logits.argmax(dim=1) == labels).sum())
+            count += len(labels)
+    mean = loss / count
+    perplexity = math.exp(min(mean, 700.0))  # past this a float has no room, and no model is that bad
+    return {"loss": mean, "perplexity": perplexity, "token_accuracy": hits / count}
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 from polyrank import durable
 from polyrank.adapter import num_slots, restrict
 from polyrank.assemble import Experiment, prepare
+from polyrank.card import write_card
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import catch_up
 from polyrank.commit import CHECKPOINTS, Manifest, commit, first_manifest
@@ -32,10 +33,12 @@ from polyrank.ledger import (
     slot_row,
     versions,
 )
+from polyrank.measures import MEASURES
 from polyrank.messages import Folds
 from polyrank.privacy import PrivateMean
 from polyrank.report import write_report
 from polyrank.round import Federation, evaluate_clients, federated_round
+from polyrank.samples import begin_samples, end_samples
 from polyrank.sampling import SecretSampling, expected_share
 from polyrank.state import ServerState
 
@@ -83,6 +86,7 @@ def describe(experiment: Experiment, folder: RunFolder) -> None:
     """What is known before the first round besides the config."""
     folder.write("versions.json", versions())
     folder.write("partition.json", partition_table(experiment.corpus, experiment.clients))
+    begin_samples(experiment, folder)
 
 
 def conduct(
@@ -163,10 +167,9 @@ def finish(
         "method": config.method,
         "seed": config.seed,
         "rounds": len(rows),
-        "test_accuracy": last["test_accuracy"],
-        "test_macro_f1": last["test_macro_f1"],
+        **{measure.on_test: last[measure.on_test] for measure in MEASURES[config.task]},
         "test_loss": last["test_loss"],
-        "majority_rate": majority_rate(experiment.test.labels, len(experiment.corpus.label_names)),
+        **_majority(experiment),
         "steps": sum(row["steps"] for row in rows),
         "failed": sum(row["failed"] for row in rows),
         "reasons": dict(sum((Counter(row["reasons"]) for row in rows), Counter())),
@@ -182,10 +185,14 @@ def finish(
         summary["robust_limits"] = config.robust.limits()
     if config.evaluation.per_client:
         summary |= _score_clients(experiment, folder, state)
+    summary |= end_samples(experiment, folder, state)
     if experiment.prefix is not None:
         summary["prefix_cache"] = experiment.prefix.statistics()
     summary["adapter_sha256"] = adapter_sha256(folder.path / "adapter")
     summary["wall_s"] = time.perf_counter() - started
+    facts = (summary, folder.read("partition.json"))
+    with durable.disk_errors(folder.path):
+        write_card(folder.path / "adapter", experiment.model, config, facts)
     folder.write("summary.json", summary)
     close_folder(folder)
     return summary
@@ -199,9 +206,16 @@ def close_folder(folder: RunFolder) -> None:
             durable.drop_folder(folder.path / name)
 
 
+def _majority(experiment: Experiment) -> dict[str, float]:
+    if experiment.config.task != "classification":
+        return {}
+    labels, count = experiment.test.labels, len(experiment.corpus.label_names)
+    return {"majority_rate": majority_rate(labels, count)}
+
+
 def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState) -> dict[str, float]:
-    """Per-client evaluation: a row per client, and the mean and worst accuracy for the summary."""
-    size = experiment.config.evaluation.batch_size
+    """Per-client evaluation: a row per client, and the mean and worst of them for the summary."""
+    lead, size = MEASURES[experiment.config.task][0], experiment.config.evaluation.batch_size
     evaluation = evaluate_clients(experiment.federation, state, size)
     scores = evaluation.scores
     folder.append(SCORES, score_rows(scores))
@@ -209,8 +223,8 @@ def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState
         "evaluation_bytes_down": evaluation.bytes_down,
         "evaluation_bytes_up": evaluation.bytes_up,
     }
-    accuracies = [s.metrics["accuracy"] for s in scores]
-    if not accuracies:
+    values = [s.metrics[lead.key] for s in scores]
+    if not values:
         return spent
-    mean = sum(accuracies) / len(accuracies)
-    return {"client_accuracy_mean": mean, "client_accuracy_min": min(accuracies), **spent}
+    worst = {f"client_{lead.key}_min": min(values)} if lead.rises else {f"client_{lead.key}_max": max(values)}
+    return {f"client_{lead.key}_mean": sum(values) / len(values), **worst, **spent}

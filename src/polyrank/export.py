@@ -12,34 +12,44 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, restrict
 from polyrank.aggregation.product import stack, truncated_svd
+from polyrank.assemble import load_model
+from polyrank.card import write_card
 from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
+from polyrank.errors import InputError
 from polyrank.ledger import RunFolder, refuse_existing
 from polyrank.lowrank import fold
-from polyrank.models.load import BaseModel, load_base, pick_device, public_name, quiet, write_head
+from polyrank.models.load import BaseModel, pick_device, public_name, quiet, write_head
 from polyrank.state import ServerState
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
-def export_adapter(model: BaseModel, state: ServerState, path: Path) -> None:
+def export_adapter(model: BaseModel, state: ServerState, path: Path, *, uniform: bool = False) -> None:
     """Write the active slots and the head in PEFT's format.
 
     e is folded into A, and ``alpha_pattern`` is scale x rank, so that PEFT's ``alpha / r`` is the
     module's scale at every rank. Modules without active slots are absent.
+
+    Args:
+        uniform: pad every module with zero slots to the largest rank, for engines that read one rank.
     """
     path.mkdir()
     adapter = served_adapter(state)
+    if uniform:
+        adapter = padded(adapter)
     save_file(peft_tensors(adapter, state), path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable for its owner alone
     config = peft_config(model, adapter)
     text = json.dumps(config, indent=2, sort_keys=True)
     (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    (path / "README.md").write_text(_card(model, adapter), encoding="utf-8")
 
 
 def served_adapter(state: ServerState) -> Adapter:
@@ -65,27 +75,58 @@ def served_adapter(state: ServerState) -> Adapter:
     return Adapter("lora", modules)
 
 
-def export_run(run: Path, out: Path, *, merged: bool) -> Path:
+def padded(adapter: Adapter) -> Adapter:
+    """The same function with as many slots in every module: those added are zero."""
+    rank = max(factors.rank for factors in adapter.modules.values())
+    modules = {}
+    for name, factors in adapter.modules.items():
+        more = rank - factors.rank
+        B, A = F.pad(factors.B, (0, more)), F.pad(factors.A, (0, 0, 0, more))
+        modules[name] = Factors(
+            B, A, factors.scale, None if factors.e is None else F.pad(factors.e, (0, more))
+        )
+    return Adapter(adapter.form, modules)
+
+
+def export_run(run: Path, out: Path, *, merged: bool, uniform: bool = False) -> Path:
     """Export a finished run again: its adapter, or the whole model with the adapter folded in.
+
+    Args:
+        uniform: of the adapter, one rank for all modules.
 
     Raises: InputError when the run is not finished or ``out`` exists.
     """
+    if merged and uniform:
+        raise InputError("--uniform-rank", True, "goes without --merge, which leaves no rank")
     refuse_existing(out)
     folder = RunFolder(run)
-    config, labels = read_config(folder), folder.read("partition.json")["labels"]
+    config, facts = read_config(folder), (folder.read("summary.json"), folder.read("partition.json"))
+    plain = config.model.model_copy(
+        update={"base_dtype": "fp32", "quantize": None}
+    )  # to fold in full precision
+    model = load_model(config.model_copy(update={"model": plain}), facts[1]["labels"], pick_device("cpu"))
     state = load_state(run / STATE_FILE)
-    model = load_base(config.model.name, labels, config.seed, pick_device("cpu"))
-    if not merged:
+    if merged:
+        _save_merged(model, state, out)
+    else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        export_adapter(model, state, out)
-        return out
+        export_adapter(model, state, out, uniform=uniform)
+    write_card(out, model, config, facts)
+    return out
+
+
+def _save_merged(model: BaseModel, state: ServerState, out: Path) -> None:
+    """Write the model with the adapter folded in; its config keeps what the checkpoint says of caching."""
     write_head(model, state.head)
     fold(model.network, served_adapter(state))
     with quiet():
+        before = AutoConfig.from_pretrained(model.source)
+        if hasattr(before, "use_cache"):
+            model.network.config.use_cache = before.use_cache
         model.network.save_pretrained(out)
         model.tokenizer.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)
-    return out
+    for path in out.glob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def read_config(folder: RunFolder) -> Config:
@@ -115,14 +156,14 @@ def peft_config(model: BaseModel, adapter: Adapter) -> dict[str, Any]:
     rank, alpha = _most_common(ranks), _most_common(alphas)
     conv1d = any(isinstance(model.network.get_submodule(name), Conv1D) for name in ranks)
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=_TASK_TYPES[model.task],
         base_model_name_or_path=public_name(model.source),
         r=rank,
         lora_alpha=alpha,
         target_modules=list(ranks),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
-        modules_to_save=list(model.head_modules),
+        modules_to_save=list(model.head_modules) or None,
         fan_in_fan_out=conv1d,
         inference_mode=True,
     ).to_dict()
@@ -131,27 +172,3 @@ def peft_config(model: BaseModel, adapter: Adapter) -> dict[str, Any]:
 
 def _most_common(values: dict[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
-
-
-def _card(model: BaseModel, adapter: Adapter) -> str:
-    labels = model.network.config.id2label
-    ranks = sorted({factors.rank for factors in adapter.modules.values()})
-    name = public_name(model.source)
-    return f"""---
-library_name: peft
-base_model: {name}
-tags: [polyrank, lora, federated]
----
-# Low-rank adapter, fine-tuned across devices with polyrank
-
-Form `{adapter.form}`, {len(adapter.modules)} modules, ranks {ranks}, labels: {", ".join(labels.values())}.
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-
-base = AutoModelForSequenceClassification.from_pretrained("{name}", num_labels={len(labels)})
-model = PeftModel.from_pretrained(base, "path/of/this/folder")
-```
-"""

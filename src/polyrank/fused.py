@@ -82,8 +82,9 @@ def add_products(
     Shapes: y [M, O], x [M, I], B [G, O, r], e [G, r] or None, A [G, r, I].
     """
     how = shares.of(len(x), len(A)), scale
-    added: Tensor = _AddProducts.apply(y, x, B, e, A, how)  # type: ignore[no-untyped-call]
-    return added
+    wide = y.to(A.dtype), x.to(A.dtype)  # the frozen part may be bf16
+    added: Tensor = _AddProducts.apply(*wide, B, e, A, how)  # type: ignore[no-untyped-call]
+    return added.to(y.dtype)
 
 
 def add_padded(

@@ -131,7 +131,7 @@ def weights_start(network: nn.Module, like: Adapter) -> Adapter:
         module, rank = network.get_submodule(name), factors.rank
         weight = module.weight
         assert isinstance(weight, Tensor)
-        dense = (weight.T if isinstance(module, Conv1D) else weight).detach().cpu()
+        dense = (weight.T if isinstance(module, Conv1D) else weight).detach().float().cpu()
         U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         U, S, Vh = U[:, :rank], S[:rank] / factors.scale, Vh[:rank]
         if like.form == "svd":

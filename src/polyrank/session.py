@@ -34,6 +34,7 @@ from polyrank.lowrank import LowRankLinear, installed, read_adapter
 from polyrank.messages import Ballot, ClientUpdate, Training, TrainTask
 from polyrank.models.load import BaseModel
 from polyrank.models.prefix import PrefixCache, forward_from, usable_depth
+from polyrank.models.recompute import recomputed
 from polyrank.seed import seed_for
 from polyrank.wire import trained_parts
 
@@ -86,6 +87,7 @@ def train_together(
     with (
         torch.random.fork_rng(devices=_cuda(model.device)),
         installed(model.network, starts, training.adapter_dropout, frozen, shares) as layers,
+        recomputed(model),
         own_heads(model.network, model.head_modules, heads, shares) as own,
     ):
         torch.manual_seed(seed_for(tasks[0].seed, "dropout"))
@@ -197,7 +199,8 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
             trained.shares.begin([own.lengths[part].tolist() for own, part in zip(data, rows, strict=True)])
             with precision(model.device):
                 logits = forward(rows, inputs)
-            each = _means(F.cross_entropy(logits.float(), labels, reduction="none"), rows)
+            taught = [own.targets(part) for own, part in zip(data, rows, strict=True)]
+            each = _means(F.cross_entropy(logits.float(), labels, reduction="none"), taught)
             losses.append(each.detach())
             optimizer.zero_grad(set_to_none=True)
             loss = each.sum() + _penalty(trained.layers, training)
@@ -219,11 +222,11 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
     ]
 
 
-def _means(values: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Mean of each client's values, [B] to [G]; 0 for a client without a row."""
-    counts = torch.tensor([len(own) for own in rows])
-    owner = torch.repeat_interleave(torch.arange(len(rows)), counts).to(values.device)
-    sums = values.new_zeros(len(rows)).index_add(0, owner, values)
+def _means(values: Tensor, taught: Sequence[int]) -> Tensor:
+    """Mean of each client's values (a label or a response token each), [n] to [G]; 0 for one without any."""
+    counts = torch.tensor(taught)
+    owner = torch.repeat_interleave(torch.arange(len(taught)), counts).to(values.device)
+    sums = values.new_zeros(len(taught)).index_add(0, owner, values)
     return sums / counts.clamp(min=1).to(values.device)
 
 

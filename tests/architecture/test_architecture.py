@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each module may import from its own layer and the layers before it.
 LAYERS = [
-    ["errors", "schema", "seed"],
+    ["errors", "schema", "seed", "measures"],
     ["durable"],
     ["adapter", "recipes", "device"],
     ["importance"],
@@ -23,6 +23,7 @@ LAYERS = [
     ["state", "data", "models", "fused"],
     ["wire", "sampling", "voting", "allocation", "aggregation", "lowrank", "cost"],
     ["accountant", "changes", "evaluation", "clock", "gate"],
+    ["generation"],
     ["charges"],
     ["robust", "privacy"],
     ["session", "received"],
@@ -32,10 +33,10 @@ LAYERS = [
     ["round"],
     ["config", "ledger", "checkpoint"],
     ["commit"],
-    ["export", "report", "doctor", "progress", "calibrate", "assemble"],
-    ["experiment"],
+    ["export", "card", "report", "doctor", "progress", "calibrate", "assemble"],
+    ["experiment", "samples"],
     ["restart"],
-    ["compare", "plan", "replay"],
+    ["compare", "plan", "replay", "speak"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -20,7 +20,7 @@ from polyrank.errors import InputError
 from polyrank.restart import reopen
 from tests.small_runs import METHODS, command, ended, forked, results, small_config, tree
 
-STATEFUL = ("plain", "fused", "voting", "loss_based", "stacking", "federa", "pruning")
+STATEFUL = ("plain", "fused", "voting", "loss_based", "stacking", "federa", "pruning", "causal")
 
 
 def killed_at(run, moment_s: float, out: Path) -> int:
@@ -55,7 +55,7 @@ def test_two_hundred_kills(prepared, number):
 
 
 @pytest.mark.parametrize("rounds", range(5))
-@pytest.mark.parametrize("method", ["stacking", "voting"])
+@pytest.mark.parametrize("method", ["stacking", "voting", "causal"])
 def test_every_round_is_a_place_to_go_on_from(prepared, method, rounds):
     ready = prepared(method)
     out = ready.stopped(rounds)

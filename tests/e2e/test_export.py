@@ -8,18 +8,24 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from polyrank.adapter import full_mask, restrict
-from polyrank.export import export_adapter
+from polyrank.errors import InputError
+from polyrank.experiment import run
+from polyrank.export import export_adapter, export_run
 from polyrank.lowrank import installed
 from polyrank.models.load import prepare, read_head, write_head
 from polyrank.models.targets import resolve_targets
 from polyrank.state import ServerState
 from tests.builders import random_adapter
-from tests.conftest import CPU, tiny_network
+from tests.conftest import CPU, SPEAKERS, tiny_network, tiny_speaker
+from tests.small_runs import small_config
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [9, 10, 11, 12, 13, 14]])
+
+
+TIERS = "allocation.tiers=[{rank=1,share=0.5},{rank=3,share=0.5}]"
 
 
 def mixed_ranks(adapter):
@@ -55,3 +61,59 @@ def test_peft_computes_our_logits(family, form, targets, tmp_path):
     assert float((plain - expected).abs().max()) > 1e-2
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == len(restrict(adapter, state.active).modules)
+
+
+@pytest.mark.parametrize("form", ["lora", "svd"])
+@pytest.mark.parametrize("speaker", SPEAKERS)
+@pytest.mark.filterwarnings("ignore")
+def test_peft_speaks_as_we_do_and_padding_changes_nothing(speaker, form, tmp_path):
+    """The pattern export, and the one of a single rank that serving engines read."""
+    tiny_speaker(speaker).network.save_pretrained(tmp_path / "base")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = prepare(network, None, str(tmp_path / "base"), set(), CPU, "causal_lm")
+    adapter = random_adapter(3, 4, form, resolve_targets(network, model.blocks, "all-linear"))
+    state = ServerState(1, 0, adapter, full_mask(adapter), {})
+    state = dataclasses.replace(state, active=mixed_ranks(adapter))
+    with torch.no_grad():
+        plain = network(input_ids=IDS).logits
+        with installed(network, [restrict(adapter, state.active)]):
+            expected = network(input_ids=IDS).logits
+    assert float((plain - expected).abs().max()) > 1e-2
+    found, ranks = {}, {}
+    for name, uniform in (("pattern", False), ("padded", True)):
+        export_adapter(model, state, tmp_path / name, uniform=uniform)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / name)).eval()
+        with torch.no_grad():
+            found[name] = loaded(input_ids=IDS).logits
+        ranks[name] = json.loads((tmp_path / name / "adapter_config.json").read_text())
+    assert float((found["pattern"] - expected).abs().max()) < 1e-5
+    assert float((found["padded"] - found["pattern"]).abs().max()) < 5e-6
+    assert len(ranks["pattern"]["rank_pattern"]) > 1
+    assert (ranks["padded"]["r"], ranks["padded"]["lora_alpha"]) == (4, 8.0)
+    assert (ranks["padded"]["rank_pattern"], ranks["padded"]["alpha_pattern"]) == ({}, {})
+    assert (ranks["padded"]["task_type"], ranks["padded"]["modules_to_save"]) == ("CAUSAL_LM", None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merged_language_model_is_plain_transformers(tmp_path):
+    config = small_config(tmp_path, "causal", "method=flora", "rounds=2", "training.learning_rate=0.3", TIERS)
+    folder = run(config, tmp_path / "run").path
+    export_run(folder, tmp_path / "merged", merged=True)
+    export_run(folder, tmp_path / "padded", merged=False, uniform=True)
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "speaker")
+        before = base(input_ids=IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+        assert float((adapted(input_ids=IDS).logits - before).abs().max()) > 1e-3
+        assert torch.allclose(merged(input_ids=IDS).logits, adapted(input_ids=IDS).logits, atol=1e-5)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["use_cache"] is True
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "**Method**: FLoRA" in card
+    assert "36 train texts on 6 clients (6 each, iid), 12 test texts" in card
+    assert "perplexity" in card
+    assert "AutoModelForCausalLM" in card
+    assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
+    with pytest.raises(InputError, match="--uniform-rank"):
+        export_run(folder, tmp_path / "both", merged=True, uniform=True)

@@ -32,8 +32,16 @@ def tokens(count, seed=0, classes=3, longest=9):
     return Tokens(np.concatenate(rows).astype(np.int32), None, starts, labels.astype(np.int64), 0)
 
 
-def task_for(model, form="lora", **training):
+def prompts(count, seed=0):
+    """The same with no label but a response, which begins anywhere after the first token."""
+    data = tokens(count, seed)
+    draw = np.random.default_rng(seed + 100)
+    return dataclasses.replace(data, responses=draw.integers(1, data.lengths))
+
+
+def task_for(model, form="lora", only="", **training):
     shapes = resolve_targets(model.network, model.blocks, "attention")
+    shapes = {name: shape for name, shape in shapes.items() if name.endswith(only)}
     adapter = new_adapter(shapes, form=form, rank=2, scale=2.0, seed=0)
     settings = Training(**{"local_steps": 4, "batch_size": 4, "learning_rate": 0.02, **training})
     return TrainTask(0, "c", 11, full_mask(adapter), full_mask(adapter), adapter, read_head(model), settings)

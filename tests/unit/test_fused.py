@@ -21,8 +21,8 @@ from polyrank.models.targets import resolve_targets
 from polyrank.session import ClientEnv, Trained, train, train_together
 from polyrank.wire import WireError, encode_task
 from tests.builders import largest_difference, random_adapter
-from tests.conftest import tiny_model
-from tests.unit.test_client import tokens
+from tests.conftest import SPEAKERS, tiny_model, tiny_speaker
+from tests.unit.test_client import prompts, tokens
 from tests.unit.test_round import federation
 
 MIXED = {"c0": 3, "c1": 1, "c2": 2, "c3": 3}
@@ -36,6 +36,11 @@ SETTINGS = {
     "unequal, and still moving": {**UNEQUAL, "momentum": 0.9, "weight_decay": 0.1},
     "self-pruning": {"prune_keep": 0.5, "prune_penalty": 3.0},
 }
+
+
+@pytest.fixture(params=["classification", "causal_lm"])
+def model(request):
+    return tiny_model() if request.param == "classification" else tiny_speaker()
 
 
 def cohort(model, form="lora", only="", frozen=False, **settings):
@@ -54,19 +59,19 @@ def cohort(model, form="lora", only="", frozen=False, **settings):
         adapter = restrict(bank, seen)
         head = {name: t + 0.01 * number for name, t in read_head(model).items()}
         tasks.append(TrainTask(0, client, 7 + number, seen, held, adapter, head, training))
-        environments.append(ClientEnv(model, tokens(5 + 3 * number, seed=number)))
+        draw = tokens if model.task == "classification" else prompts
+        environments.append(ClientEnv(model, draw(5 + 3 * number, seed=number)))
     return tasks, environments
 
 
 def apart(ours, alone):
-    heads = max(float((ours.head[n] - t).abs().max()) for n, t in alone.head.items())
+    heads = max((float((ours.head[n] - t).abs().max()) for n, t in alone.head.items()), default=0.0)
     return max(heads, largest_difference(ours.adapter, alone.adapter))
 
 
 @pytest.mark.parametrize("form", ["lora", "svd"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_fused_equals_one_by_one(form, settings):
-    model = tiny_model()
+def test_fused_equals_one_by_one(model, form, settings):
     tasks, environments = cohort(model, form, **settings)
     together = train_together(tasks, environments)
     moved = 0.0
@@ -85,25 +90,32 @@ def test_fused_equals_one_by_one(form, settings):
 
 
 @pytest.mark.parametrize("form", ["lora", "svd"])
-def test_fused_equals_one_by_one_with_adam(form):
+def test_fused_equals_one_by_one_with_adam(model, form):
     """Adam divides a gradient by its own size, so the factors compared are those whose gradient is no
     rounding noise: in this model that leaves out queries and keys."""
-    model = tiny_model()
-    tasks, environments = cohort(model, form, "value", optimizer="adamw", learning_rate=0.01)
+    only = "value" if model.task == "classification" else "v_proj"
+    tasks, environments = cohort(model, form, only, optimizer="adamw", learning_rate=0.01)
     for ours, task, env in zip(train_together(tasks, environments), tasks, environments, strict=True):
         assert apart(ours, train(task, env)) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta", "gpt2", "llama", "roberta"])
 def test_fused_equals_one_by_one_on_every_path(family):
-    model = tiny_model(family)
+    fused_is_one_by_one(tiny_model(family))
+
+
+@pytest.mark.parametrize("speaker", SPEAKERS)
+def test_fused_equals_one_by_one_for_every_language_model(speaker):
+    fused_is_one_by_one(tiny_speaker(speaker))
+
+
+def fused_is_one_by_one(model):
     tasks, environments = cohort(model, frozen=True)
     for ours, task, env in zip(train_together(tasks, environments), tasks, environments, strict=True):
         assert apart(ours, train(task, env)) < 1e-5
 
 
-def test_fused_from_a_stored_prefix(tmp_path):
-    model = tiny_model()
+def test_fused_from_a_stored_prefix(model, tmp_path):
     model = dataclasses.replace(model, skips=can_skip(model))
     assert model.skips
     cache = PrefixCache(tmp_path, 10**8)
@@ -138,8 +150,7 @@ def test_one_client_that_explodes_leaves_the_others_alone():
         assert apart(ours, train(tasks[place], environments[place])) < 1e-5
 
 
-def test_who_draws_random_numbers_trains_alone():
-    model = tiny_model()
+def test_who_draws_random_numbers_trains_alone(model):
     tasks, environments = cohort(model, adapter_dropout=0.3)
     answers = answer_together([encode_task(task) for task in tasks], environments)
     for answer, task, env in zip(answers, tasks, environments, strict=True):

@@ -14,7 +14,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from polyrank.data.docstrings import load_docstrings
-from polyrank.data.texts import Corpus, Data, Texts
+from polyrank.data.instructions import columns_of, from_columns, from_messages
+from polyrank.data.texts import Corpus, Data, Texts, Turns
 from polyrank.durable import kind_at
 from polyrank.errors import InputError, choices, first_line
 from polyrank.seed import seed_for
@@ -47,6 +48,51 @@ def load_corpus(data: Data, seed: int, group: str | None = None) -> Corpus:
             corpus = _split(texts, data, names, seed)
         else:
             corpus = Corpus(texts, _texts(test, data, names, None, by_name=by_name), names)
+    return _subsampled(corpus, data, seed)
+
+
+def load_instructions(data: Data, seed: int, group: str | None = None, skewed: str | None = None) -> Corpus:
+    """The train and test prompts with their responses that a config names.
+
+    Args:
+        seed: of the train/test split and of subsampling.
+        group: column with each example's natural owner, for a natural partition.
+        skewed: the kind of a partition by labels, which needs the label column; the other columns never do.
+
+    Raises:
+        InputError: a file or column is missing, or holds something else.
+    """
+    if data.source == "docstrings":
+        raise InputError(
+            "data.source", data.source, "has no responses; name a file, a folder or a hub data set"
+        )
+    train, test = _tables(data)
+    if skewed is not None and data.label not in train.column_names:
+        allowed = f"needs labels, and there is no column {data.label!r}; 'iid' or 'natural' go without"
+        raise InputError("partition.kind", skewed, allowed)
+    names = ("texts",) if skewed is None else data.labels or _label_names(train, data)
+    by_name = skewed is None or _are_names(train, data, names)
+
+    def texts(table: pa.Table, owner: str | None) -> Texts:
+        turns, responses = _instructions(table, data)
+        labels = [0] * len(turns) if skewed is None else _labels(table, data, names, by_name=by_name)
+        return Texts(turns, responses, labels, _groups(table, owner))
+
+    found = texts(train, group)
+    corpus = _split(found, data, names, seed) if test is None else Corpus(found, texts(test, None), names)
+    return _subsampled(corpus, data, seed)
+
+
+def _instructions(table: pa.Table, data: Data) -> tuple[list[Turns], list[str]]:
+    columns = columns_of(data, table.column_names)
+    if columns.messages:
+        column = _column(table, "data.messages", columns.messages)
+        return from_messages(column.to_pylist(), columns.messages)
+    prompts = [_text_column(table, "data.prompt", name) for name in columns.prompt]
+    return from_columns(prompts, _text_column(table, "data.response", columns.response))
+
+
+def _subsampled(corpus: Corpus, data: Data, seed: int) -> Corpus:
     return Corpus(
         _subsample(corpus.train, data.max_train, seed, "train"),
         _subsample(corpus.test, data.max_test, seed, "test"),
@@ -216,11 +262,15 @@ def _are_names(table: pa.Table, data: Data, names: Sequence[str]) -> bool:
 
 def _texts(table: pa.Table, data: Data, names: Sequence[str], group: str | None, *, by_name: bool) -> Texts:
     columns = [_text_column(table, "data.text", name) for name in data.text_columns]
-    groups = None
-    if group is not None:
-        groups = [str(g) for g in _column(table, "partition.column", group).to_pylist()]
     pairs = columns[1] if len(columns) == 2 else None
-    return Texts(columns[0], pairs, _labels(table, data, names, by_name=by_name), groups)
+    return Texts(columns[0], pairs, _labels(table, data, names, by_name=by_name), _groups(table, group))
+
+
+def _groups(table: pa.Table, group: str | None) -> list[str] | None:
+    """The natural owner of each example, where a natural partition asks for it."""
+    if group is None:
+        return None
+    return [str(g) for g in _column(table, "partition.column", group).to_pylist()]
 
 
 def _split(texts: Texts, data: Data, names: Sequence[str], seed: int) -> Corpus:

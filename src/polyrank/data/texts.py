@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from polyrank.schema import Schema
+
+Turns = tuple[tuple[str, str], ...]
+"""What was said before a response: role (system, user, assistant) and text of each turn."""
 
 TextColumns = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
 
@@ -33,8 +36,23 @@ class Data(Schema):
     label: str = "label"
     labels: tuple[str, ...] | None = None
     """Label names in order; without it, they are found in the data."""
+    prompt: TextColumns | str | None = None
+    """For ``task = "causal_lm"``: the column with the prompt, or two that make it up."""
+    response: str | None = None
+    """The column with the response to learn."""
+    messages: str | None = None
+    """A column of conversations instead: lists of messages with ``role`` and ``content``. Without any of
+    these three, the columns are found by their usual names."""
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("data.prompt and data.response go together")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("data.messages goes without data.prompt and data.response")
+        return self
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -43,16 +61,16 @@ class Data(Schema):
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Some labelled texts.
+    """Some labelled texts, or some prompts with their responses.
 
     Args:
-        texts: the first (or only) text of each example.
-        pairs: the second text of each example, or None.
+        texts: the first (or only) text of each example, or the turns that it responds to.
+        pairs: the second text of each example, or its response; or None.
         labels: index into the label names, by example.
         groups: natural owner of each example (a site, an author), or None.
     """
 
-    texts: Sequence[str]
+    texts: Sequence[str | Turns]
     pairs: Sequence[str] | None
     labels: Sequence[int]
     groups: Sequence[str] | None = None

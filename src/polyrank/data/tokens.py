@@ -23,6 +23,7 @@ class Tokens:
         starts: where each example starts, and the end of the last, [B + 1].
         labels: [B].
         pad_id: fills a batch up to its longest example.
+        responses: where in each example its response begins, [B]; None where labels are learned.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int32]]
@@ -30,6 +31,7 @@ class Tokens:
     starts: np.ndarray[Any, np.dtype[np.int64]]
     labels: np.ndarray[Any, np.dtype[np.int64]]
     pad_id: int
+    responses: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,10 +51,20 @@ class Tokens:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         where = self.where(rows)
         types = None if self.types is None else self.types[where]
-        return Tokens(self.ids[where], types, starts, self.labels[rows], self.pad_id)
+        responses = None if self.responses is None else self.responses[rows]
+        return Tokens(self.ids[where], types, starts, self.labels[rows], self.pad_id, responses)
+
+    def targets(self, rows: Sequence[int]) -> int:
+        """How many things these examples teach: a label each, or the tokens of their responses."""
+        if self.responses is None or len(rows) == 0:
+            return len(rows)
+        return int((self.lengths[rows] - self.responses[rows]).sum())
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Mapping[str, Tensor], Tensor]:
-        """Model inputs [B, T] padded on the right to the longest of ``rows``, and labels [B]."""
+        """Model inputs [B, T] padded on the right to the longest of ``rows``, and labels [B].
+
+        The labels of responses are their tokens in order; ``asked`` [B, T] are the tokens before them.
+        """
         longest = int(self.lengths[rows].max())
         ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
         types = np.zeros_like(ids)
@@ -64,11 +76,17 @@ class Tokens:
             seen[line, :length] = 1
             if self.types is not None:
                 types[line, :length] = self.types[span]
-        inputs = {"input_ids": ids, "attention_mask": seen}
+        inputs: dict[str, np.ndarray[Any, Any]] = {"input_ids": ids, "attention_mask": seen}
         if self.types is not None:
             inputs["token_type_ids"] = types
+        labels = self.labels[rows]
+        if self.responses is not None:
+            places = np.arange(longest) - self.responses[rows][:, None]
+            asked = (places >= -1) & (np.arange(longest) < self.lengths[rows][:, None] - 1)
+            inputs["asked"] = asked
+            labels = ids[np.roll(asked, 1, axis=1)]
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        return tensors, torch.from_numpy(self.labels[rows]).to(device)
+        return tensors, torch.from_numpy(labels).to(device)
 
 
 def join(parts: Sequence[Tokens]) -> Tokens:
@@ -78,12 +96,14 @@ def join(parts: Sequence[Tokens]) -> Tokens:
     ends = np.cumsum([0, *(part.starts[-1] for part in parts)])
     starts = [part.starts[:-1] + end for part, end in zip(parts, ends, strict=False)]
     types = [part.types for part in parts if part.types is not None]
+    responses = [part.responses for part in parts if part.responses is not None]
     return Tokens(
         np.concatenate([part.ids for part in parts]),
         np.concatenate(types) if types else None,
         np.concatenate([*starts, ends[-1:]]),
         np.concatenate([part.labels for part in parts]),
         parts[0].pad_id,
+        np.concatenate(responses) if responses else None,
     )
 
 

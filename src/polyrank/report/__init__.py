@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from polyrank.durable import replace
 from polyrank.ledger import RunFolder
+from polyrank.measures import judged, measures_of
 from polyrank.report.devices import device_figures, duration, energy
 from polyrank.report.figures import bars, curve, heat_map, label_histogram
 
@@ -42,26 +43,33 @@ def write_report(folder: RunFolder) -> None:
         num_clients=len(partition["clients"]),
         died=dead_modules(slots),
         reasons=summary["reasons"],
+        samples=_samples(folder),
     )
     replace(folder.path / REPORT, page.encode())
+
+
+def _samples(folder: RunFolder) -> list[dict[str, str]]:
+    """What the model said to some test prompts before and after, where it was asked."""
+    if not (folder.path / "samples.json").exists():
+        return []
+    return list(folder.read("samples.json"))[:5]
 
 
 def _run_figures(
     rows: list[dict[str, Any]], summary: dict[str, Any], partition: dict[str, Any]
 ) -> dict[str, Any]:
     """What every run has: scores, loss, traffic, labels."""
-    scored = [row for row in rows if "test_accuracy" in row]
+    lead, second = judged(summary)
+    scored = [row for row in rows if lead.on_test in row]
     rounds = [row["round"] + 1 for row in rows]
     scored_rounds = [row["round"] + 1 for row in scored]
+    lines = {m.title: (scored_rounds, [row[m.on_test] for row in scored]) for m in (lead, second)}
+    majority = summary.get("majority_rate")
+    level = None if majority is None else ("majority class", majority)
+    together = {f"Test {lead.title} and {second.title}": lines}
+    apart = {f"Test {name}": {name: line} for name, line in lines.items()}
     return {
-        "Test accuracy and macro-F1": curve(
-            "round",
-            {
-                "accuracy": (scored_rounds, [row["test_accuracy"] for row in scored]),
-                "macro-F1": (scored_rounds, [row["test_macro_f1"] for row in scored]),
-            },
-            level=("majority class", summary["majority_rate"]),
-        ),
+        **{t: curve("round", drawn, level) for t, drawn in (together if lead.rises else apart).items()},
         "Loss": _loss_figure(rows),
         "Megabytes per round": bars(
             "round",
@@ -71,7 +79,7 @@ def _run_figures(
                 "up": [row["bytes_up"] / 1e6 for row in rows],
             },
         ),
-        "Labels on each client": label_histogram(
+        "Labels on each client" if len(partition["labels"]) > 1 else "Texts of each client": label_histogram(
             [client["client"] for client in partition["clients"]],
             partition["labels"],
             [client["label_counts"] for client in partition["clients"]],
@@ -112,13 +120,14 @@ def _slot_figures(rows: list[dict[str, Any]], slots: list[dict[str, Any]], last:
 
 
 def _client_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """The final accuracy on each client, where it was asked for."""
-    if not scores:
+    """The final scores on each client, where they were asked for."""
+    found = measures_of(scores[0], "") if scores else None
+    if found is None:
         return {}
-    accuracies = sorted(row["accuracy"] for row in scores)
-    places = list(range(1, len(accuracies) + 1))
-    figure = bars("client", places, {"accuracy": accuracies})
-    return {"Accuracy on each client's own texts, from the least": figure}
+    lead, _ = found
+    values = sorted(row[lead.key] for row in scores)
+    figure = bars("client", list(range(1, len(values) + 1)), {lead.title: values})
+    return {f"{lead.title.capitalize()} on each client's own texts, from the least": figure}
 
 
 def _failures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,10 +159,11 @@ def _short(modules: list[str]) -> list[str]:
 
 def _headline(summary: dict[str, Any]) -> dict[str, str]:
     megabytes = (summary["bytes_down"] + summary["bytes_up"]) / 1e6
+    (lead, second), majority = judged(summary), summary.get("majority_rate")
     return {
-        "test accuracy": f"{summary['test_accuracy']:.1%}",
-        "macro-F1": f"{summary['test_macro_f1']:.3f}",
-        "majority class": f"{summary['majority_rate']:.1%}",
+        f"test {lead.title}": f"{summary[lead.on_test]:{lead.spec}}",
+        second.title: f"{summary[second.on_test]:{second.spec}}",
+        **({"majority class": f"{majority:.1%}"} if majority is not None else {}),
         "rounds": str(summary["rounds"]),
         "traffic": f"{megabytes:.1f} MB",
         "wall time": f"{summary['wall_s']:.0f} s",

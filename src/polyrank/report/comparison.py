@@ -16,6 +16,7 @@ from typing import Any
 from polyrank.config import Config
 from polyrank.errors import InputError
 from polyrank.ledger import RunFolder
+from polyrank.measures import Measures, judged, measures_of
 from polyrank.report import dotted, template
 from polyrank.report.comparison_figures import comparison_figures
 from polyrank.report.comparison_numbers import (
@@ -35,7 +36,7 @@ def write_comparison(out: Path, target: float | None = None) -> dict[str, Any]:
     """Write compare.json, compare.md and compare.html; returns what stands in compare.json.
 
     Args:
-        target: a test accuracy; with one, the tables say what it took to reach it.
+        target: a test accuracy (or perplexity); with one, the tables say what it took to reach it.
 
     Raises: InputError when ``out`` is not a comparison, or none of its cells is finished.
     """
@@ -48,13 +49,16 @@ def write_comparison(out: Path, target: float | None = None) -> dict[str, Any]:
         raise InputError("COMPARISON", str(out), "has no finished cell")
     cells = [read_cell(out, label, seed, target) for label, seed in done]
     by_label = {label: [cell for cell in cells if cell.label == label] for label in labels}
-    first = by_label[labels[0]]
+    first, measures = by_label[labels[0]], judged(cells[0].row)
+    arms = [
+        arm_row(label, by_label[label], first if label != labels[0] else (), measures) for label in labels
+    ]
     content = {
         "target": target,
         "seeds": seeds,
         "unfinished": [f"{label}-{seed}" for label, seed in names if (label, seed) not in done],
         "unpaired": unpaired(cells),
-        "arms": [arm_row(label, by_label[label], first if label != labels[0] else ()) for label in labels],
+        "arms": arms,
         "cells": [dict(cell.row) for cell in cells],
     }
     folder.write("compare.json", content)
@@ -65,6 +69,7 @@ def write_comparison(out: Path, target: float | None = None) -> dict[str, Any]:
         columns=columns,
         notes=notes,
         figures=comparison_figures(by_label, target),
+        measures=measures,
         cells=content["cells"],
     )
     (out / "compare.html").write_text(page, encoding="utf-8")
@@ -75,9 +80,9 @@ def table_columns(content: Mapping[str, Any]) -> dict[str, list[str]]:
     """The table over arms as text: heading, then a cell per arm."""
     arms, target = content["arms"], content["target"]
     columns = {"arm": [arm["label"] for arm in arms], "seeds": [str(arm["n"]) for arm in arms]}
-    for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
-        columns[title] = [spread_text(arm[name]) for arm in arms]
-        columns[f"{title} - first"] = [difference_text(arm[name]) for arm in arms]
+    for measure in _measures(content):
+        columns[measure.title] = [spread_text(arm[measure.key]) for arm in arms]
+        columns[f"{measure.title} - first"] = [difference_text(arm[measure.key]) for arm in arms]
     columns["down"] = [_size(arm["bytes_down"]) for arm in arms]
     columns["up"] = [_size(arm["bytes_up"]) for arm in arms]
     if target is not None:
@@ -108,6 +113,12 @@ def _simulated_columns(arms: Sequence[Mapping[str, Any]], target: float | None) 
         columns[f"time to {target:g}"] = column("simulated_s_to_target", duration)
         columns[f"energy to {target:g}"] = column("energy_j_to_target", energy)
     return columns
+
+
+def _measures(content: Mapping[str, Any]) -> Measures:
+    found = measures_of(content["arms"][0], "")
+    assert found is not None
+    return found
 
 
 def spread_text(numbers: Mapping[str, float | None]) -> str:
@@ -145,14 +156,17 @@ def _reached(arm: Mapping[str, Any]) -> str:
 
 def table_notes(content: Mapping[str, Any], plan: Mapping[str, Any], cells: Sequence[Cell]) -> dict[str, str]:
     """What the reader of the table must know, by name."""
+    lead, _ = judged(cells[0].row)
     notes = {
         "reading": '± is the standard deviation over seeds; "- first" is the mean paired difference to '
         "the first arm with its 95 % Student t interval; bytes are means per run; slots are counted "
         "over all modules",
         "seeds": f"{', '.join(map(str, content['seeds']))}; a seed draws the partition and the client order",
-        "target": "none" if content["target"] is None else f"test accuracy {content['target']:g}",
-        "majority class": f"{statistics.fmean(cell.row['majority_rate'] for cell in cells):.3f}",
+        "target": "none" if content["target"] is None else f"test {lead.title} {content['target']:g}",
     }
+    majority = [cell.row["majority_rate"] for cell in cells if "majority_rate" in cell.row]
+    if majority:
+        notes["majority class"] = f"{statistics.fmean(majority):.3f}"
     if content["unpaired"]:
         notes["not paired"] = "; ".join(content["unpaired"])
     if content["unfinished"]:
@@ -181,9 +195,11 @@ def config_differences(plan: Mapping[str, Any]) -> dict[str, str]:
 def result_lines(content: Mapping[str, Any]) -> list[str]:
     """One line per arm for the command line."""
     width = max(len(arm["label"]) for arm in content["arms"])
+    lead, second = _measures(content)
     return [
-        f"{arm['label']:<{width}}  accuracy {spread_text(arm['accuracy'])}, "
-        f"macro-F1 {spread_text(arm['macro_f1'])}, accuracy - first {difference_text(arm['accuracy'])}"
+        f"{arm['label']:<{width}}  {lead.title} {spread_text(arm[lead.key])}, "
+        f"{second.title} {spread_text(arm[second.key])}, "
+        f"{lead.title} - first {difference_text(arm[lead.key])}"
         for arm in content["arms"]
     ]
 

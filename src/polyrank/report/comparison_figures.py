@@ -1,4 +1,4 @@
-"""The figures of a comparison: accuracy over rounds and over bytes, and slots per client."""
+"""The figures of a comparison: scores over rounds and over bytes, and slots per client."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
+from polyrank.measures import judged, measures_of
 from polyrank.report.comparison_numbers import Cell, scored_points, simulated_points
 from polyrank.report.figures import SERIES, Line, curve
 
@@ -23,10 +24,12 @@ def comparison_figures(cells: Mapping[str, Sequence[Cell]], target: float | None
     slots = {name: slots_by_client(arm) for name, arm in finished.items()}
     level = None if target is None else ("target", target)
     hours = {name: mean_hours(arm) for name, arm in finished.items() if "simulated_s" in arm[0].row}
+    scored = [row for arm in finished.values() for row in arm[0].rounds if measures_of(row) is not None]
+    title = judged(scored[0])[0].title if scored else "accuracy"
     return {
-        **dict(_drawn("Test accuracy over rounds", "round", rounds, level)),
-        **dict(_drawn("Test accuracy over traffic", f"{unit}, down and up", traffic, level)),
-        **(dict(_drawn("Test accuracy over simulated hours", "hours", hours, level)) if hours else {}),
+        **dict(_drawn(f"Test {title} over rounds", "round", rounds, level)),
+        **dict(_drawn(f"Test {title} over traffic", f"{unit}, down and up", traffic, level)),
+        **(dict(_drawn(f"Test {title} over simulated hours", "hours", hours, level)) if hours else {}),
         **dict(_drawn("Slots of each client", "percent of clients, fewest slots first", slots)),
     }
 
@@ -37,7 +40,7 @@ def legend_name(label: str, place: int) -> str:
 
 
 def mean_points(cells: Sequence[Cell]) -> list[tuple[float, float, float]]:
-    """(round, bytes so far, test accuracy) of every scored round, bytes and accuracy as means over seeds."""
+    """(round, bytes so far, test score) of every scored round, bytes and score as means over seeds."""
     runs = [list(scored_points(cell.rounds)) for cell in cells]
     return [
         (
@@ -50,7 +53,7 @@ def mean_points(cells: Sequence[Cell]) -> list[tuple[float, float, float]]:
 
 
 def mean_hours(cells: Sequence[Cell]) -> Line:
-    """Simulated hours so far and test accuracy of every scored round, as means over seeds."""
+    """Simulated hours so far and leading score of every scored round, as means over seeds."""
     runs = [list(simulated_points(cell.rounds)) for cell in cells]
     same = list(zip(*runs, strict=True))
     return [statistics.fmean(p[0] for p in points) / 3600 for points in same], [

@@ -16,6 +16,7 @@ from scipy.special import stdtrit  # type: ignore[import-untyped, unused-ignore]
 
 from polyrank.errors import InputError
 from polyrank.ledger import RunFolder
+from polyrank.measures import Measures, measures_of
 
 SIMULATED = ("simulated_s", "energy_j")
 """What adds up over the rounds of a run on simulated devices."""
@@ -50,7 +51,7 @@ def is_finished(path: Path) -> bool:
         summary = RunFolder(path).read("summary.json")
     except InputError:
         return False
-    return isinstance(summary, dict) and "test_accuracy" in summary
+    return isinstance(summary, dict) and measures_of(summary) is not None
 
 
 def read_cell(out: Path, label: str, seed: int, target: float | None) -> Cell:
@@ -71,32 +72,33 @@ def read_cell(out: Path, label: str, seed: int, target: float | None) -> Cell:
 
 
 def to_target(rows: Sequence[Mapping[str, Any]], target: float) -> tuple[int | None, int | None]:
-    """Rounds, and bytes down and up, to the first scored round at ``target`` or above; None for never."""
-    for rounds, total, accuracy in scored_points(rows):
-        if accuracy >= target:
+    """Rounds, and bytes down and up, to the first scored round as good as ``target``; None for never."""
+    lead = next(both[0] for row in rows if (both := measures_of(row)) is not None)
+    for rounds, total, value in scored_points(rows):
+        if lead.reaches(value, target):
             return rounds, total
     return None, None
 
 
 def scored_points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, float]]:
-    """(rounds so far, bytes so far, test accuracy) of every scored round."""
+    """(rounds so far, bytes so far, test accuracy or perplexity) of every scored round."""
     total = 0
     for row in rows:
         total += row["bytes_down"] + row["bytes_up"]
-        if "test_accuracy" in row:
-            yield row["round"] + 1, total, row["test_accuracy"]
+        if (both := measures_of(row)) is not None:
+            yield row["round"] + 1, total, row[both[0].on_test]
 
 
 def simulated_points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
-    """(simulated seconds so far, test accuracy) of every scored round."""
+    """(simulated seconds so far, leading score) of every scored round."""
     total = 0.0
     for row in rows:
         total += row["simulated_s"]
-        if "test_accuracy" in row:
-            yield total, row["test_accuracy"]
+        if (both := measures_of(row)) is not None:
+            yield total, row[both[0].on_test]
 
 
-def arm_row(label: str, cells: Sequence[Cell], first: Sequence[Cell]) -> dict[str, Any]:
+def arm_row(label: str, cells: Sequence[Cell], first: Sequence[Cell], measures: Measures) -> dict[str, Any]:
     """The numbers of one arm over its seeds.
 
     Args:
@@ -104,9 +106,9 @@ def arm_row(label: str, cells: Sequence[Cell], first: Sequence[Cell]) -> dict[st
     """
     rows = [cell.row for cell in cells]
     row: dict[str, Any] = {"label": label, "n": len(cells)}
-    for name in ("accuracy", "macro_f1"):
-        values, reference = ({c.seed: c.row[f"test_{name}"] for c in arm} for arm in (cells, first))
-        row[name] = spread(list(values.values())) | paired_difference(values, reference)
+    for measure in measures:
+        values, reference = ({c.seed: c.row[measure.on_test] for c in arm} for arm in (cells, first))
+        row[measure.key] = spread(list(values.values())) | paired_difference(values, reference)
     for name in ("bytes_down", "bytes_up"):
         row[name] = _mean([cell[name] for cell in rows])
     held = [client["slots"] for cell in cells for client in cell.clients]

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from polyrank.measures import judged
 from polyrank.report.figures import bars, curve, spans
 
 Row = dict[str, Any]
@@ -24,9 +25,10 @@ def device_figures(rounds: Sequence[Row], clients: Sequence[Row]) -> dict[str, M
     numbers = [row["round"] + 1 for row in rounds]
     hours = list(accumulate(row["simulated_s"] / 3600 for row in rounds))
     kilojoules = list(accumulate(row["energy_j"] / 1e3 for row in rounds))
-    scored = [index for index, row in enumerate(rounds) if "test_accuracy" in row]
-    accuracy = [rounds[index]["test_accuracy"] for index in scored]
     clients = [row for row in clients if "simulated" in row]  # a stray answer has no session
+    lead, _ = judged(rounds[-1])
+    scored = [index for index, row in enumerate(rounds) if lead.on_test in row]
+    values, title = [rounds[index][lead.on_test] for index in scored], lead.title.capitalize()
     last = [row for row in clients if row["round"] == rounds[-1]["round"]]
     return {
         f"Simulated: who waits for whom in round {numbers[-1]}": gantt(last),
@@ -39,12 +41,12 @@ def device_figures(rounds: Sequence[Row], clients: Sequence[Row]) -> dict[str, M
         "Simulated: most memory of one device by round, megabytes": bars(
             "round", numbers, {"memory": [row["peak_memory_bytes"] / 1e6 for row in rounds]}
         ),
-        "Accuracy over simulated hours": curve(
-            "simulated hours", {"accuracy": ([hours[i] for i in scored], accuracy)}, whole=False
+        f"{title} over simulated hours": curve(
+            "simulated hours", {lead.title: ([hours[i] for i in scored], values)}, whole=False
         ),
-        "Accuracy over simulated energy": curve(
+        f"{title} over simulated energy": curve(
             "kilojoules of all devices",
-            {"accuracy": ([kilojoules[i] for i in scored], accuracy)},
+            {lead.title: ([kilojoules[i] for i in scored], values)},
             whole=False,
         ),
         "Depth by kind of device": curve("round", _by_device(clients)),

@@ -1,0 +1,79 @@
+"""Responses in a model's own words, and whether their final number is the right one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from polyrank.adapter import Adapter
+from polyrank.data.instructions import prompt_ids
+from polyrank.data.texts import Turns
+from polyrank.evaluation import precision
+from polyrank.lowrank import installed
+from polyrank.models.load import BaseModel, quiet
+
+_MARK = "####"
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def respond(
+    model: BaseModel, adapter: Adapter, prompts: Sequence[Turns], max_new_tokens: int, batch_size: int = 8
+) -> list[str]:
+    """What base model + adapter say to some prompts, always the likeliest next token.
+
+    Args:
+        max_new_tokens: where a response is cut that does not end by itself.
+        batch_size: prompts that go through the model together, padded on the left.
+    """
+    said = list[str]()
+    with installed(model.network, [adapter]), torch.inference_mode(), precision(model.device), quiet():
+        for start in range(0, len(prompts), batch_size):
+            rows = [prompt_ids(turns, model.tokenizer) for turns in prompts[start : start + batch_size]]
+            said += _continued(model, rows, max_new_tokens)
+    return said
+
+
+def _continued(model: BaseModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    longest, pad = max(map(len, rows)), int(model.tokenizer.pad_token_id)
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+    seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    found = model.network.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=seen.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=_ends(model),
+    )
+    texts: list[str] = model.tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _ends(model: BaseModel) -> list[int] | None:
+    """The tokens that end a response: those of the checkpoint, and the tokenizer's."""
+    known = model.network.generation_config.eos_token_id
+    ends = {*(known if isinstance(known, list) else [known]), model.tokenizer.eos_token_id} - {None}
+    return sorted(ends) or None
+
+
+def final_number(text: str) -> float | None:
+    """The number after ``####``, as GSM8K marks its answers, or the last one where nothing is marked."""
+    marked = text.rpartition(_MARK)[2] if _MARK in text else text
+    numbers = _NUMBER.findall(marked)
+    if not numbers:
+        return None
+    chosen = numbers[0] if _MARK in text else numbers[-1]
+    return float(chosen.replace(",", ""))
+
+
+def exact_match(said: Sequence[str], expected: Sequence[str]) -> float | None:
+    """Share of responses with the right final number; None where not every answer is marked by ``####``."""
+    answers = [final_number(text) if _MARK in text else None for text in expected]
+    if not answers or None in answers:
+        return None
+    right = sum(final_number(text) == answer for text, answer in zip(said, answers, strict=True))
+    return right / len(answers)
