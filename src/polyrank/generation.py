@@ -30,7 +30,7 @@ def respond(
     said = list[str]()
     with installed(model.network, [adapter]), torch.inference_mode(), precision(model.device), quiet():
         for start in range(0, len(prompts), batch_size):
-            rows = [prompt_ids(turns, model.tokenizer) for turns in prompts[start : start + batch_size]]
+            rows = prompt_ids(prompts[start : start + batch_size], model.tokenizer)
             said += _continued(model, rows, max_new_tokens)
     return said
 

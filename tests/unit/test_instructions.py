@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -31,9 +32,11 @@ class Letters:
     def __init__(self, template=None):
         self.chat_template = template
 
-    def __call__(self, text, add_special_tokens=True):
-        ids = [ord(letter) for letter in text]
-        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+    all_special_ids: ClassVar = [0, 1, 2, 3]
+
+    def __call__(self, texts, add_special_tokens=True):
+        rows = [[ord(letter) for letter in text] for text in texts]
+        return {"input_ids": [[1, *row, 3, 2] for row in rows] if add_special_tokens else rows}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         import jinja2
@@ -170,7 +173,7 @@ def test_the_plain_template_and_a_chat_template():
     assert parts(plain) == ("^" + render(turns, Letters()), "hi$")
     chat = tokenize_instructions(Texts([turns], ["hi"], [0]), Letters(TEMPLATE), 200)
     assert parts(chat) == ("<system>be kind</s><user>hello</s><assistant>", "hi</s>")
-    assert text_of(prompt_ids(turns, Letters(TEMPLATE))) == parts(chat)[0]
+    assert text_of(prompt_ids([turns], Letters(TEMPLATE))[0]) == parts(chat)[0]
     with pytest.raises(
         InputError, match=r"chat template that refuses roles \['user'\] \(Encountered unknown tag"
     ):

@@ -113,11 +113,21 @@ def render(turns: Turns, tokenizer: Any) -> str:
     return _templated(turns, tokenizer, add_generation_prompt=True)
 
 
-def prompt_ids(turns: Turns, tokenizer: Any) -> list[int]:
-    """The token ids of a prompt; a plain one begins as the tokenizer begins its texts."""
-    plain, text = tokenizer.chat_template is None, render(turns, tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=plain)["input_ids"]
-    return ids[:-1] if plain and ids and ids[-1] == tokenizer.eos_token_id else ids
+def prompt_ids(prompts: Sequence[Turns], tokenizer: Any) -> list[list[int]]:
+    """The token ids of some prompts; a plain one begins as the tokenizer begins its texts, and has no end."""
+    plain = tokenizer.chat_template is None
+    texts = [render(turns, tokenizer) for turns in prompts]
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=plain)["input_ids"]
+    special = set(tokenizer.all_special_ids) if plain else set()
+    return [row[: _end(row, special)] for row in rows]
+
+
+def _end(row: Sequence[int], special: set[int]) -> int:
+    """Where the special tokens begin that the tokenizer put behind a text."""
+    end = len(row)
+    while end > 1 and row[end - 1] in special:
+        end -= 1
+    return end
 
 
 def tokenize_instructions(texts: Texts, tokenizer: Any, max_length: int) -> Tokens:
@@ -127,37 +137,39 @@ def tokenize_instructions(texts: Texts, tokenizer: Any, max_length: int) -> Toke
     quarter of the length, and then the end of its response.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    rows, firsts = list[list[int]](), list[int]()
+    turns = [prompt for prompt in texts.texts if not isinstance(prompt, str)]
     assert texts.pairs is not None
-    for turns, response in zip(texts.texts, texts.pairs, strict=True):
-        assert not isinstance(turns, str)
-        prompt = prompt_ids(turns, tokenizer)
-        prompt, answer = _cut(
-            prompt, _response_ids(turns, response, tokenizer), limit, tokenizer.bos_token_id
-        )
-        rows.append(prompt + answer)
-        firsts.append(len(prompt))
+    prompts, answers = prompt_ids(turns, tokenizer), _response_ids(turns, texts.pairs, tokenizer)
+    bos = tokenizer.bos_token_id
+    cut = [_cut(prompt, answer, limit, bos) for prompt, answer in zip(prompts, answers, strict=True)]
     return Tokens(
-        np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]),
+        np.concatenate([np.asarray(prompt + answer, dtype=np.int32) for prompt, answer in cut]),
         None,
-        np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+        np.cumsum([0, *(len(prompt) + len(answer) for prompt, answer in cut)]),
         np.asarray(texts.labels, dtype=np.int64),
         int(tokenizer.pad_token_id),
-        np.asarray(firsts, dtype=np.int64),
+        np.asarray([len(prompt) for prompt, _ in cut], dtype=np.int64),
     )
 
 
-def _response_ids(turns: Turns, response: str, tokenizer: Any) -> list[int]:
-    """The token ids that are learned: the response and what ends it; never none."""
-    if tokenizer.chat_template is not None:
-        prompt = _templated(turns, tokenizer, add_generation_prompt=True)
-        whole = _templated((*turns, ("assistant", response)), tokenizer, add_generation_prompt=False)
-        if whole.startswith(prompt) and len(whole) > len(prompt):
-            ids: list[int] = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-            return ids
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ended = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
-    return ended or [int(tokenizer.pad_token_id)]
+def _response_ids(prompts: Sequence[Turns], responses: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The token ids that are learned: each response and what ends it; never none."""
+    spoken = [_spoken(turns, text, tokenizer) for turns, text in zip(prompts, responses, strict=True)]
+    rows = tokenizer([text for text, _ in spoken], add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    whole = [row if ended else row + end for row, (_, ended) in zip(rows, spoken, strict=True)]
+    return [row or [int(tokenizer.pad_token_id)] for row in whole]
+
+
+def _spoken(turns: Turns, response: str, tokenizer: Any) -> tuple[str, bool]:
+    """A response as it follows its prompt, and whether the chat template has ended it."""
+    if tokenizer.chat_template is None:
+        return response, False
+    prompt = _templated(turns, tokenizer, add_generation_prompt=True)
+    whole = _templated((*turns, ("assistant", response)), tokenizer, add_generation_prompt=False)
+    if whole.startswith(prompt) and len(whole) > len(prompt):
+        return whole[len(prompt) :], True
+    return response, False
 
 
 def _cut(prompt: list[int], answer: list[int], limit: int, bos: int | None) -> tuple[list[int], list[int]]:
