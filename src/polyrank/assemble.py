@@ -184,7 +184,9 @@ def _clock(config: Config, model: BaseModel, environments: Mapping[str, ClientEn
     if config.fleet is None:
         return None
     texts = {client: (len(env.train), int(env.train.starts[-1])) for client, env in environments.items()}
-    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0)
+    asked = {client: env.train.targets(range(len(env.train))) for client, env in environments.items()}
+    spoken = asked if config.task == "causal_lm" else None
+    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0, spoken)
 
 
 def _bank(

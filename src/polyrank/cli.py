@@ -115,16 +115,25 @@ def _go_through(rows: Iterator[dict[str, Any]], path: Path, experiment: Experime
 
 
 @app.command()
-def plan(config: ConfigArgument = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    config: ConfigArgument = None,
+    settings: SetOption = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="What a language model takes, from its config alone.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say, before any training, what each class of devices would do, what it costs, and why."""
     from polyrank.config import load_config
+    from polyrank.memory import memory_lines, plan_memory
     from polyrank.plan import make_plan, plan_lines
 
-    content = make_plan(load_config(config, settings or []))
+    resolved = load_config(config, settings or [])
+    content = plan_memory(resolved) if memory else make_plan(resolved)
     if as_json:
         _print_json(content)
         return
-    for line in plan_lines(content):
+    for line in memory_lines(content) if memory else plan_lines(content):
         typer.echo(line)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -68,6 +68,7 @@ class Clock:
 
     Args:
         texts: how many train texts each client has, and their tokens.
+        asked: tokens of these texts that a language model is asked to predict; none of a classifier.
         stores: whether devices keep what enters their lowest adapted block.
     """
 
@@ -77,6 +78,7 @@ class Clock:
     stores: bool
     deadline_s: float | None = None
     wait_for: float = 1.0
+    asked: Mapping[ClientId, int] = field(default_factory=dict)
 
     def price(
         self, task: TrainTask, known: ClientRecord, bytes_down: int, bytes_up: int, steady: bool = False
@@ -140,22 +142,31 @@ class Clock:
         held = [one.block for one in self.shape.maps if ranks.get(one.name) or frozen.get(one.name)]
         lowest = min([*held, self.shape.head_block, self.shape.blocks - 1])
         skipped = lowest if self.stores and self.shape.skips and not training.base_dropout else 0
-        words = 3 if training.optimizer == "adamw" else 2 if training.momentum else 1
         share = seen * tokens / texts
-        return Workload(
-            self.shape, ranks, steps, seen, share, *sizes, frozen, skipped=skipped, optimizer_words=words
-        )
+        asked = seen * self.asked.get(client, 0) / texts
+        work = Workload(self.shape, ranks, steps, seen, share, *sizes, frozen, asked=asked)
+        return replace(work, skipped=skipped, optimizer_words=optimizer_words(training))
 
 
 def make_clock(
-    table: FleetTable, shape: ModelShape, texts: Mapping[ClientId, tuple[int, int]], seed: int, stores: bool
+    table: FleetTable,
+    shape: ModelShape,
+    texts: Mapping[ClientId, tuple[int, int]],
+    seed: int,
+    stores: bool,
+    asked: Mapping[ClientId, int] | None = None,
 ) -> Clock:
-    """The clock of a run.
+    """The clock of a run; its arguments are those of `Clock`.
 
     Raises: InputError when the fleet, one of its devices or a link is unknown.
     """
     roster = deal(table.name, list(texts), seed)
-    return Clock(roster, shape, texts, stores, table.deadline_s, table.wait_for)
+    return Clock(roster, shape, texts, stores, table.deadline_s, table.wait_for, asked or {})
+
+
+def optimizer_words(training: Training) -> int:
+    """Numbers per trained number besides its value: its gradient, and what the optimiser remembers."""
+    return 3 if training.optimizer == "adamw" else 2 if training.momentum else 1
 
 
 def session_size(texts: int, training: Training) -> tuple[int, int]:

@@ -46,6 +46,7 @@ class Workload:
         stored_tokens: whose prefix is computed and stored in this session; 0 when it is there.
         skipped: blocks at the bottom that are taken from a stored prefix.
         optimizer_words: numbers per trained number besides its value: gradient and averages.
+        asked: tokens of all steps for which the output layer of a language model runs.
     """
 
     shape: ModelShape
@@ -59,6 +60,7 @@ class Workload:
     stored_tokens: float = 0.0
     skipped: int = 0
     optimizer_words: int = 3
+    asked: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def forward(work: Workload) -> Demand:
             moved = WORD * rows * (one.inputs + 6 * one.outputs + 2 * rank)
             total += Demand(2 * rank * width * rows, moved, ADAPTER_OPERATIONS[0] * work.steps)
     head = 2.0 * work.shape.head_parameters * work.texts
-    return total + Demand(head, 0.0, STEP_OPERATIONS * work.steps)
+    return total + _output(work) + Demand(head, 0.0, STEP_OPERATIONS * work.steps)
 
 
 def backward(work: Workload) -> Demand:
@@ -168,6 +170,7 @@ def backward(work: Workload) -> Demand:
             learned = 2.0 * rank * (one.inputs + one.outputs) * rows
             total += Demand(passed + learned, moved, ADAPTER_OPERATIONS[1] * work.steps)
     trained = trained_numbers(work)
+    total += _output(work)
     return total + Demand(4.0 * work.shape.head_parameters * work.texts, 7.0 * WORD * trained * work.steps)
 
 
@@ -192,10 +195,22 @@ def stored(work: Workload) -> Demand:
 
 def memory_bytes(work: Workload) -> int:
     """The most memory that one step takes."""
-    weights = WORD * (work.shape.parameters + work.shape.head_parameters)
-    trained = WORD * trained_numbers(work) * (1 + work.optimizer_words)
-    beside = WORD * sum(work.frozen.get(one.name, 0) * (one.inputs + one.outputs) for one in work.shape.maps)
-    return int(weights + trained + beside + kept_bytes(work) + _passing_bytes(work))
+    return sum(memory_parts(work).values())
+
+
+def memory_parts(work: Workload) -> dict[str, int]:
+    """The same by what takes it."""
+    shape = work.shape
+    weights = WORD * (shape.parameters + shape.head_parameters)
+    frozen = sum(work.frozen.get(one.name, 0) * (one.inputs + one.outputs) for one in shape.maps)
+    trained = trained_numbers(work)
+    return {
+        "base": weights if shape.weight_bytes is None else shape.weight_bytes,
+        "adapter": WORD * (trained + frozen),
+        "optimiser": WORD * trained * work.optimizer_words,
+        "activations": int(kept_bytes(work)),
+        "passing": int(_passing_bytes(work)),
+    }
 
 
 def trained_numbers(work: Workload) -> int:
@@ -212,19 +227,23 @@ def kept_bytes(work: Workload) -> float:
         rows, rank = _rows(work, one) / steps, work.ranks.get(one.name, 0)
         first = one.block == lowest and ((one.enters and _learns_attention(work, lowest)) or rank > 0)
         if one.block > lowest or first or (one.block == lowest and _passes_gradient(work, one, lowest)):
-            total += rows * one.outputs  # what follows it keeps its input: attention, activation or norm
+            total += rows * (
+                one.outputs + one.gates
+            )  # what follows it keeps its input: attention, activation or norm
         if rank:
             shared = one.enters and (one.block, rows) in read  # queries, keys and values read one tensor
             total += rows * (rank + (0 if shared else one.inputs))
             read |= {(one.block, rows)} if one.enters else set()
     tokens = sum(_read_rows(work, block) for block in range(lowest, work.shape.blocks))
-    return WORD * (total + tokens / steps * work.shape.hidden)  # what leaves attention
+    total += tokens / steps * work.shape.hidden  # what leaves attention
+    return work.shape.word * total + WORD * work.asked / steps * work.shape.vocabulary  # log probabilities
 
 
 def _passing_bytes(work: Workload) -> float:
     """The largest tensors that come and go: what enters and leaves the widest map, twice."""
     widest = max((one.inputs + one.outputs for one in work.shape.maps), default=0)
-    return 2.0 * WORD * work.tokens / max(1, work.steps) * widest
+    spoken = WORD * work.asked * (work.shape.hidden + work.shape.vocabulary)
+    return 2.0 / max(1, work.steps) * max(work.shape.word * work.tokens * widest, spoken)
 
 
 def _blocks_forward(work: Workload) -> Demand:
@@ -237,6 +256,13 @@ def _blocks_forward(work: Workload) -> Demand:
             rows = _rows(work, one)
             total += Demand(2.0 * one.outputs * one.inputs * rows, _traffic(work, one, rows))
     return total
+
+
+def _output(work: Workload) -> Demand:
+    """A language model's frozen output layer: once forward, and once for the gradient of what enters it."""
+    size = work.shape.vocabulary * work.shape.hidden
+    moved = work.steps * size + work.asked * (work.shape.hidden + 3 * work.shape.vocabulary)
+    return Demand(2.0 * size * work.asked, WORD * moved if work.asked else 0.0)
 
 
 def _attention(work: Workload, block: int, times: int) -> Demand:

@@ -36,7 +36,7 @@ LAYERS = [
     ["export", "card", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment", "samples"],
     ["restart"],
-    ["compare", "plan", "replay", "speak"],
+    ["compare", "plan", "replay", "speak", "memory"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

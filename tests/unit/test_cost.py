@@ -12,15 +12,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyrank.adapter import new_adapter, top_blocks
-from polyrank.cost import Demand, Workload, backward, cost, forward, kept_bytes, memory_bytes
+from polyrank.cost import (
+    Demand,
+    Workload,
+    backward,
+    cost,
+    forward,
+    kept_bytes,
+    memory_bytes,
+    memory_parts,
+)
 from polyrank.device import Setup
 from polyrank.lowrank import installed
 from polyrank.models.load import head_parameters, logits_of
 from polyrank.models.shape import Map, ModelShape, shape_of
 from polyrank.models.targets import resolve_targets
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, tiny_speaker
 
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+GEMMA = {"gemma": {"head_dim": 16}}
 BATCH, LENGTH = 4, 16
 PI = Setup("pi", "on", 1e6, 1e6, 1e-3, 10**6, 5.0, 8e3, 4e3, 0.5, 1.0)
 
@@ -127,3 +137,62 @@ def test_frozen_slots_cost_time_but_no_optimiser():
     assert forward(half).flop == forward(work).flop
     assert backward(replace(work, ranks=trained)).flop < backward(half).flop < backward(work).flop
     assert memory_bytes(half) < memory_bytes(work)
+
+
+def spoken_workload(speaker, targets, depth, **changes):
+    """A wide language model that is asked for ten tokens of each of four texts."""
+    model = tiny_speaker(speaker, **{**WIDE, "num_key_value_heads": 2, "vocab_size": 500, **changes})
+    shapes = resolve_targets(model.network, model.blocks, targets)
+    bank = new_adapter(shapes, form="lora", rank=3, scale=1.0, seed=0)
+    held = top_blocks({name: torch.ones(3, dtype=torch.bool) for name in shapes}, depth)
+    modules = {name: f for name, f in bank.modules.items() if held[name].any()}
+    asked = (torch.arange(LENGTH) >= 6).expand(BATCH, LENGTH)
+    work = Workload(shape_of(model), dict.fromkeys(modules, 3), 1, BATCH, BATCH * LENGTH, asked=10.0 * BATCH)
+
+    def loss():
+        ids = torch.randint(3, 80, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+        logits = logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "asked": asked})
+        return F.cross_entropy(logits, torch.zeros(10 * BATCH, dtype=torch.long))
+
+    return model, replace(bank, modules=modules), work, loss
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("speaker", ["llama", "mistral", "qwen2", "gemma"])
+def test_flop_and_activations_of_a_language_model(speaker, targets, depth):
+    """The output layer runs for the tokens asked, and its probabilities are kept."""
+    model, adapter, work, loss = spoken_workload(speaker, targets, depth, **GEMMA.get(speaker, {}))
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with installed(model.network, [adapter]) as layers:
+        own |= {p.untyped_storage().data_ptr() for layer in layers.values() for p in layer.parameters()}
+        with sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as ahead:
+                found = loss()
+            with FlopCounterMode(display=False) as back:
+                found.backward()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = loss()
+    assert forward(work).flop == pytest.approx(ahead.get_total_flops(), rel=0.01)
+    assert backward(work).flop == pytest.approx(back.get_total_flops(), rel=0.01)
+    assert kept_bytes(work) == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_a_base_in_bf16_takes_half():
+    _, _, work, _ = spoken_workload("llama", "attention", 4)
+    narrow = replace(work, shape=replace(work.shape, word=2, weight_bytes=2 * work.shape.parameters))
+    whole, half = memory_parts(work), memory_parts(narrow)
+    assert whole["base"] == 2 * half["base"] == 4 * work.shape.parameters
+    logits = 4 * 40 * 500
+    assert whole["activations"] - logits == 2 * (half["activations"] - logits)
+    assert whole["adapter"] == half["adapter"] == 4 * 4 * 3 * (3 * 64 + 64 + 2 * 32)
+    assert half["optimiser"] == 3 * half["adapter"]
+    assert memory_bytes(work) == sum(whole.values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from polyrank.models.load import BaseModel, head_parameters
 from polyrank.models.packing import makes_queries
-from polyrank.models.targets import ATTENTION_INPUTS, resolve_targets
+from polyrank.models.targets import ATTENTION_INPUTS, GATES, resolve_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Map:
         block: number of its block, from 0.
         enters: whether it reads what enters the block (maps to queries, keys and values).
         keys: whether it makes keys or values, which the last block needs of every token.
+        gates: numbers of its output whose activation is kept besides.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Map:
     block: int
     enters: bool
     keys: bool
+    gates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,9 @@ class ModelShape:
         head_block: lowest block with a part that is trained in full; the number of blocks without one.
         pooled: whether the last block runs for one token of each text, but for keys and values.
         skips: whether a stored prefix may stand in for the first blocks.
+        vocabulary: outputs of a language model's output layer; 0 for a classifier.
+        word: bytes of a number of its activations.
+        weight_bytes: of its frozen weights as they are stored; None for numbers of 4 bytes.
     """
 
     maps: Sequence[Map]
@@ -51,6 +56,9 @@ class ModelShape:
     head_block: int
     pooled: bool
     skips: bool
+    vocabulary: int = 0
+    word: int = 4
+    weight_bytes: int | None = None
 
 
 def shape_of(model: BaseModel) -> ModelShape:
@@ -61,11 +69,15 @@ def shape_of(model: BaseModel) -> ModelShape:
         block = _block(name, model.blocks)
         last = name.rpartition(".")[2]
         enters = last in ATTENTION_INPUTS
-        maps.append(Map(name, outputs, inputs, block, enters, enters and not makes_queries(last)))
+        keys = enters and not makes_queries(last)
+        gates = 0 if last not in GATES else outputs // 2 if "up" in last else outputs
+        maps.append(Map(name, outputs, inputs, block, enters, keys, gates))
     head = head_parameters(model)
     inside = [_block(name, model.blocks) for name in model.head_modules]
     total = sum(parameter.numel() for parameter in model.network.parameters())
     trained = sum(parameter.numel() for parameter in head.values())
+    speaks = model.task == "causal_lm"
+    sizes = [parameter.numel() * parameter.element_size() for parameter in model.network.parameters()]
     return ModelShape(
         maps,
         int(model.network.config.hidden_size),
@@ -76,6 +88,9 @@ def shape_of(model: BaseModel) -> ModelShape:
         min(inside, default=len(model.blocks)),
         model.pools is not None,
         model.skips,
+        int(model.network.config.vocab_size) if speaks else 0,
+        model.network.dtype.itemsize if speaks else 4,
+        sum(sizes) if speaks else None,
     )
 
 

@@ -26,6 +26,10 @@ ATTENTION_INPUTS = frozenset(
 )
 
 
+# Maps whose output goes through an activation and is then multiplied: what leaves the activation is kept too.
+GATES = frozenset(["gate_proj", "gate_up_proj"])
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(O, I) of a linear map, or None for any other module."""
     if isinstance(module, nn.Linear):
