@@ -95,7 +95,8 @@ torch.set_num_threads(1)
 network = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(sys.argv[1]))
 model = prepare(network, None, "x", set(), torch.device("cpu"), "causal_lm")
 model = dataclasses.replace(model, recomputes=sys.argv[2] == "true")
-bank = new_adapter(resolve_targets(network, model.blocks, "attention"), form="lora", rank=8, scale=2.0, seed=0)
+shapes = resolve_targets(network, model.blocks, "attention")
+bank = new_adapter(shapes, form="lora", rank=8, scale=2.0, seed=0)
 
 def session(texts):
     ids = np.random.default_rng(0).integers(3, 8000, texts * 256).astype(np.int32)
