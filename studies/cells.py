@@ -41,11 +41,12 @@ def run_cell(name: str, given: dict[str, Any], folder: Path) -> str:
     """Run one cell and say how it went; a folder left half-finished is put aside first."""
     from polyrank import run
     from polyrank.config import make_config
+    from polyrank.measures import told
 
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{os.getpid()}"))
     summary = run(make_config(given), folder).summary
-    return f"{name}: accuracy {summary['test_accuracy']:.3f} in {summary['wall_s']:.0f} s"
+    return f"{name}: {told(summary)} in {summary['wall_s']:.0f} s"
 
 
 def rounds_of(folder: Path) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from polyrank.errors import InputError
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import installed
 from polyrank.models.load import logits_of, read_head
-from polyrank.models.packing import plain_logits
+from polyrank.models.packing import difference, plain_logits
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
@@ -255,3 +255,11 @@ def test_few_bits_need_cuda(stored):
 def test_what_does_not_go_with_few_bits_or_recomputing(settings, complaint):
     with pytest.raises(InputError, match=complaint):
         load_config(settings=settings)
+
+
+def test_rounding_of_bf16_is_no_difference_and_more_is():
+    """What a probe takes for the same result goes by how the result is rounded."""
+    ones = torch.ones(4)
+    assert difference(ones, 1.001 * ones) == "logits differ by 1e-03"
+    assert difference(ones.bfloat16(), (1.01 * ones).bfloat16()) == ""
+    assert difference(ones.bfloat16(), (1.1 * ones).bfloat16()) == "logits differ by 1e-01"
