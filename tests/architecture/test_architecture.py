@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors", "schema", "seed"],
     ["durable"],
+    ["tables"],
     ["adapter", "recipes", "device"],
     ["importance"],
     ["messages"],
@@ -31,12 +32,14 @@ LAYERS = [
     ["collect"],
     ["round"],
     ["config", "ledger", "checkpoint"],
-    ["commit"],
+    ["commit", "site"],
     ["export", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment"],
     ["restart"],
-    ["compare", "plan", "replay"],
-    ["cli"],
+    ["compare", "plan", "replay", "network"],
+    ["remote"],
+    ["provision"],
+    ["cli", "cli_network"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
