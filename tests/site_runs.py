@@ -22,7 +22,7 @@ def write_rows(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]])
 
 
 def make_sites(folder: Path) -> Path:
-    """A tiny model, ``train.csv`` with a column of sites, ``test.csv``, and own.csv with site.toml for each site."""
+    """A tiny model, train.csv with a column of sites, test.csv, and for each site own.csv with site.toml."""
     make_inputs(folder)
     with (folder / "texts.csv").open(encoding="utf-8") as file:
         rows = [(text, label) for text, label in csv.reader(file)][1:]

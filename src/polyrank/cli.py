@@ -57,6 +57,11 @@ def run(
 
     refuse_existing(out)
     resolved = load_config(config, settings or [])
+    if resolved.engine.kind == "flare":
+        from polyrank.cli_network import run_remote
+
+        _go_through(*run_remote(resolved, out), as_json)
+        return
     if not as_json:
         typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")
         if resolved.robust is not None:
@@ -72,6 +77,9 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
     from polyrank.experiment import conduct
     from polyrank.restart import reopen, restore
 
+    if (remote := _remote_rows(run_folder)) is not None:
+        _go_through(*remote, as_json)
+        return
     reopened = reopen(run_folder)
     for line in reopened.complaints:
         typer.echo(f"polyrank: {line}; the one before it is taken", err=True)
@@ -86,6 +94,21 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
     if not as_json:
         typer.echo(f"{run_folder}: {experiment.start.round} of {rounds} rounds are done")
     _go_through(conduct(experiment, reopened.folder, manifest), run_folder, rounds, as_json)
+
+
+def _remote_rows(path: Path) -> tuple[Iterator[dict[str, Any]], Path, int] | None:
+    """The rows of an unfinished run over a network, or None where clients are simulated."""
+    from polyrank.export import read_config
+    from polyrank.ledger import RunFolder
+
+    if not (path / "config.json").is_file() or (path / "summary.json").exists():
+        return None
+    config = read_config(RunFolder(path))
+    if config.engine.kind != "flare":
+        return None
+    from polyrank.cli_network import resume_remote
+
+    return resume_remote(config, path)
 
 
 def _go_through(rows: Iterator[dict[str, Any]], path: Path, rounds: int, as_json: bool) -> None:
@@ -269,6 +292,16 @@ def price(
     for device, entry in content.items():
         typer.secho(device, bold=True)
         _print_fields({key: f"{value:.4g}" for key, value in entry.items()})
+
+
+def _add_network_commands() -> None:
+    from polyrank.cli_network import join, provision, serve, status
+
+    for command in (provision, serve, join, status):
+        app.command()(command)
+
+
+_add_network_commands()
 
 
 def _print_json(content: object) -> None:
