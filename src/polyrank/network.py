@@ -83,10 +83,12 @@ class ServerEnd:
 
     Args:
         run: the run folder.
+        sites: those that were there when the job was made; a run begins with all of them or not at all.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, sites: list[ClientId]) -> None:
         self.run = run
+        self.sites = sites
 
     @collab.main  # type: ignore[untyped-decorator]
     def main(self) -> None:
@@ -94,7 +96,11 @@ class ServerEnd:
         folder = RunFolder(Path(self.run))
         code, line = 0, ""
         try:
-            _go_on(folder, {site.name: site for site in collab.clients})
+            proxies = {site.name: site for site in collab.clients}
+            gone = sorted(set(self.sites) - set(proxies))
+            if gone and not (folder.path / SITES).exists():
+                raise RunError(f"{', '.join(gone)} left before the run began")
+            _go_on(folder, proxies)
         except InputError as error:
             code, line = 2, str(error)
         except RunError as error:
@@ -169,15 +175,14 @@ def write_job(run: Path, sites: list[ClientId], out: Path) -> None:
     meta = {
         "name": "polyrank",
         "resource_spec": {},
-        "min_clients": len(sites),
-        "mandatory_clients": sites,
+        "min_clients": 1,  # a job with fewer than it asks for, or without one it must have, is ended by FLARE
         "deploy_map": {"app": ["server", *sites]},
     }
     controller = "nvflare.collab.runtime.controller.CollabController"
     server = {
         "format_version": 2,
         "workflows": [{"id": "controller", "path": controller, "args": {"server_obj_id": "server_end"}}],
-        "components": [{"id": "server_end", "path": SERVER_CLASS, "args": {"run": str(run)}}],
+        "components": [{"id": "server_end", "path": SERVER_CLASS, "args": {"run": str(run), "sites": sites}}],
     }
     executor = "nvflare.collab.runtime.executor.CollabExecutor"
     client = {

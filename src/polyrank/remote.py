@@ -55,10 +55,10 @@ class Admin:
         found = self.ask("get_system_info").client_info
         return {client.name: client.last_connect_time for client in found}
 
-    def working(self, job: str) -> set[ClientId]:
-        """The sites whose process for a job is running."""
+    def idle(self) -> set[ClientId]:
+        """The sites that are connected and work on no job."""
         rows = self.ask("get_client_job_status") or []
-        return {row["client"] for row in rows if row.get("job_id") == job}
+        return {row["client_name"] for row in rows if row.get("status") == "no_jobs"}
 
     def is_over(self, job: str) -> bool:
         """Whether FLARE has ended a job, in whatever way."""
@@ -160,7 +160,7 @@ def _stretch(
             if admin.is_over(job):
                 return
             joined = (folder.path / SITES).exists() and shown > 0
-            idle = set(admin.connected()) & set(wanted) - admin.working(job) if joined else set()
+            idle = set(wanted) & admin.idle() if joined else set()
         except ConnectionError as error:
             _tell(f"the server does not answer ({error})")
             return
