@@ -27,16 +27,6 @@ LONG = ("rounds=25", *MIXED, "engine.deadline_s=8", "failures.retries=5")
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory):
-    made = Federation.made_in(tmp_path_factory.mktemp("federation"))
-    for name in ("server", *SITES):
-        made.start(name)
-    yield made
-    for name in list(made.running):
-        made.kill(name)
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(federation: Federation) -> Path:
     out = federation.folder / "uninterrupted"
     settings = [setting for setting in LONG if not setting.startswith("engine")]
