@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 import tempfile
@@ -27,7 +28,9 @@ from polyrank.network import ENDED, PAUSE, SITES, write_job
 
 ADMIN = "admin@polyrank.local"
 FEDERATION = "federation.json"
-_POLL_S, _BACK_OFF_S, _FRUITLESS = 1.0, 5.0, 5
+_POLL_S, _ASK_EVERY, _BACK_OFF_S, _FRUITLESS = 1.0, 3, 5.0, 5
+_BEGIN_S = 300.0
+"""A job that has not opened its run by then is given up."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Admin:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 if self.session is None:
-                    self.session = new_secure_session(ADMIN, str(self.kit), timeout=10.0)
+                    self.session = new_secure_session(ADMIN, str(self.kit), timeout=30.0)
                 return getattr(self.session, command)(*given)
         except Exception as error:  # the library raises many kinds
             self.close()
@@ -147,27 +150,60 @@ def _stretch(
         except ConnectionError as error:
             _tell(f"the server did not take the job ({error})")
             return
-    missed: set[ClientId] = set()
-    while True:
+    yield from _watch(admin, folder, wanted, job, shown)
+
+
+def _watch(
+    admin: Admin, folder: RunFolder, wanted: Sequence[ClientId], job: str, shown: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of a job until it ends; a server that does not answer for a while is no end.
+
+    That the job has begun shows in the run folder, and so does its end, whatever FLARE knows: it holds the
+    folder's lock for as long as it lives.
+    """
+    started, before, missed = time.monotonic(), _stamp(folder.path), set[ClientId]()
+    for turn in itertools.count(1):
         time.sleep(_POLL_S)
         rows = folder.read_rows("rounds.jsonl")
         yield from rows[shown:]
         shown = max(shown, len(rows))
         if (folder.path / ENDED).exists():
-            _wait_for_end(admin, job)
-            return
+            return _wait_for_end(admin, job)
+        if _stamp(folder.path) != before:
+            if _is_free(folder.path):  # it ends, or was killed
+                time.sleep(3 * _POLL_S)
+                return _wait_for_end(admin, job)
+        elif time.monotonic() - started > _BEGIN_S:
+            return None
+        if turn % _ASK_EVERY:
+            continue
         try:
-            if admin.is_over(job):
-                return
-            joined = (folder.path / SITES).exists() and shown > 0
-            idle = set(wanted) & admin.idle() if joined else set()
+            if _stamp(folder.path) == before:
+                if admin.is_over(job):
+                    return None
+                continue
+            idle = set(wanted) & admin.idle()
         except ConnectionError as error:
             _tell(f"the server does not answer ({error})")
-            return
+            continue
         if idle and idle <= missed and not (folder.path / PAUSE).exists():
             _tell(f"{', '.join(sorted(idle))} came back, and takes part from the next round on")
             (folder.path / PAUSE).touch()
         missed = idle
+
+
+def _stamp(run: Path) -> int:
+    """When a job last wrote down which sites it has."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run / SITES).stat().st_mtime_ns
+    return 0
+
+
+def _is_free(run: Path) -> bool:
+    with contextlib.suppress(InputError):
+        durable.lock(run).release()
+        return True
+    return False
 
 
 def _gather(admin: Admin, wanted: Sequence[ClientId], begun: bool) -> list[ClientId]:
@@ -194,13 +230,9 @@ def _wait_for_lock(path: Path, patience_s: float = 60.0) -> None:
     Raises: InputError when it is held for longer.
     """
     until = time.monotonic() + patience_s
-    while True:
-        try:
-            return durable.lock(path).release()
-        except InputError:
-            if time.monotonic() > until:
-                raise
+    while not _is_free(path) and time.monotonic() < until:
         time.sleep(_POLL_S)
+    durable.lock(path).release()
 
 
 def _wait_for_end(admin: Admin, job: str, patience_s: float = 60.0) -> None:
