@@ -9,7 +9,7 @@ RESULTS := benchmarks/results/$(shell date +%F)
 DATA ?=
 PAIRS ?= 5
 
-.PHONY: install run test check slow bench clean
+.PHONY: install run test check slow network demo-network bench clean
 
 install: $(VENV)/installed
 
@@ -33,6 +33,18 @@ check: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Real sites: the extra `flare` comes into the same place.
+$(VENV)/flare: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,flare]'
+	@touch $@
+
+# A server and three sites as processes, killed and started again.
+network: $(VENV)/flare
+	$(BIN)/python -m pytest -m network tests/network
+
+demo-network: $(VENV)/flare
+	$(BIN)/python examples/network.py
 
 # Flower wants an older typer and packaging than the tested versions name, so it lives in a place of its own.
 $(BENCH)/installed: pyproject.toml constraints.txt

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +18,10 @@ from polyrank.allocation import Legend, LossBased, Tiers
 from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
-from polyrank.config import Config
+from polyrank.config import Config, Embedded, Flare
 from polyrank.data.instructions import tokenize_instructions
 from polyrank.data.partition import ClientRows, Iid, Natural, share_out
-from polyrank.data.source import load_corpus, load_instructions
+from polyrank.data.source import load_corpus, load_instructions, load_texts
 from polyrank.data.texts import Corpus, Texts, corpus_digest
 from polyrank.data.tokens import Tokens, tokenize
 from polyrank.engine.base import Engine
@@ -32,10 +30,11 @@ from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import InputError
 from polyrank.evaluation import evaluate
+from polyrank.ledger import partition_table, site_table
 from polyrank.lowrank import fold, negated, weights_start
-from polyrank.messages import ClientUpdate, Folds
+from polyrank.messages import ClientId, ClientUpdate, Folds
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
-from polyrank.models.prefix import PrefixCache, can_skip
+from polyrank.models.prefix import PrefixCache, can_skip, temporary_cache
 from polyrank.models.shape import shape_of
 from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
@@ -44,10 +43,22 @@ from polyrank.round import Federation, make_task
 from polyrank.sampling import SampleCount, expected_share
 from polyrank.seed import seed_for
 from polyrank.session import ClientEnv
+from polyrank.site import Terms, terms_of
 from polyrank.state import ClientRecord, ServerState
 
 SCORES = "client_scores.jsonl"
 JOURNAL = "journal"
+
+
+class Network(Protocol):
+    """The way to real sites."""
+
+    def open(self, terms: Terms) -> tuple[Engine, Mapping[ClientId, tuple[int, int]]]:
+        """An engine over the sites that agree with the terms, and how many texts and tokens each has.
+
+        Raises: InputError where a site does not agree.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Experiment:
 
     config: Config
     corpus: Corpus
-    clients: list[ClientRows]
+    partition: Mapping[str, Any]
     model: BaseModel
     test: Tokens
     federation: Federation
@@ -69,14 +80,19 @@ class Experiment:
         return {"data": corpus_digest(self.corpus), "model": self.model.digest}
 
 
-def prepare(config: Config) -> Experiment:
-    """Load data and model, share the data out, and set the federation up."""
+def prepare(config: Config, network: Network | None = None) -> Experiment:
+    """Load data and model, share the data out, and set the federation up.
+
+    Args:
+        network: brings real sites, which have their texts already; without it, all clients are simulated.
+    """
     torch.set_num_threads(config.engine.threads)
     device = pick_device(config.device)
-    corpus = _corpus(config)
+    if isinstance(config.engine, Flare) and network is None:
+        raise InputError("engine.kind", "flare", "the run is started by `polyrank run` with engine.kit")
     aside = config.evaluation.holdout_share if config.evaluation.per_client else 0.0
-    corpus, kept = _keep_for_server(corpus, config)
-    clients = share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
+    corpus, kept = _corpus(config)
+    clients = [] if network else _share_out(corpus, config, aside)
     model = load_model(config, corpus.label_names, device)
     model = replace(model, skips=can_skip(model), recomputes=config.model.gradient_checkpointing)
     shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
@@ -85,37 +101,34 @@ def prepare(config: Config) -> Experiment:
         allowed = f"at most the width of the narrowest adapted map, {width}"
         raise InputError("adapter.rank", config.adapter.rank, allowed)
     adapter, folds = _bank(config, model, shapes)
-    encoded = _encode(config, model, corpus.train)
-    if isinstance(config.sampling, SampleCount) and config.sampling.count > len(clients):
-        raise InputError("sampling.count", config.sampling.count, f"at most the {len(clients)} clients")
-    cache = _prefix_cache(config)
-    environments = {
-        rows.client: ClientEnv(
-            model,
-            encoded.select(rows.train),
-            encoded.select(rows.holdout) if rows.holdout else None,
-            list(model.folded),
-            cache,
-        )
-        for rows in clients
-    }
+    cache = temporary_cache(config.engine.prefix_gb, config.engine.prefix_dtype)
+    environments = _environments(config, corpus, clients, model, cache)
+    if network is None:
+        engine, partition = _engine(config, environments, device), partition_table(corpus, clients)
+        texts: Mapping[ClientId, tuple[int, int]] = {
+            name: (len(env.train), int(env.train.starts[-1])) for name, env in environments.items()
+        }
+    else:
+        engine, texts = network.open(_terms(config, corpus, model, aside))
+        partition = site_table(corpus, engine.clients())
+    _enough_clients(config, len(texts))
     federation = Federation(
-        engine=_engine(config, environments, device),
+        engine=engine,
         failures=config.failures,
         sampling=config.sampling,
         allocation=config.allocation,
-        aggregation=_rule(config, len(clients)),
+        aggregation=_rule(config, len(texts)),
         training=config.training,
         rounds=_rounds(config),
         untrained=config.adapter.untrained,
         voting=config.voting,
         validate=None if kept is None else _validation(config, model, kept),
-        clock=_clock(config, model, environments),
+        clock=_clock(config, model, texts, _asked(config, environments)),
     )
     test = _encode(config, model, corpus.test)
     opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
-    start = _start(config, federation, opening)
-    return Experiment(config, corpus, clients, model, test, federation, start, cache, environments)
+    start = _start(config, federation, opening, len(folds) if network is None else 0)
+    return Experiment(config, corpus, partition, model, test, federation, start, cache, environments)
 
 
 def load_model(config: Config, labels: Sequence[str], device: torch.device) -> BaseModel:
@@ -129,14 +142,22 @@ def load_model(config: Config, labels: Sequence[str], device: torch.device) -> B
     return load_base(table.name, labels, config.seed, device, table.base_dtype)
 
 
-def _corpus(config: Config) -> Corpus:
-    """The texts of the task; a language model has labels only where the partition goes by them."""
-    partition = config.partition
+def _corpus(config: Config) -> tuple[Corpus, Texts | None]:
+    """The run's texts, and those that the server keeps for itself; real sites keep their train texts.
+
+    A language model has labels only where the partition goes by them.
+    """
+    data, partition = config.data, config.partition
+    if isinstance(config.engine, Flare):
+        assert data.test is not None
+        assert data.labels is not None
+        test = load_texts(Path(data.test), "data.test", data, data.labels)
+        return Corpus(test.select([]), test, data.labels), None
     group = partition.column if isinstance(partition, Natural) else None
     if config.task == "classification":
-        return load_corpus(config.data, config.seed, group)
+        return _keep_for_server(load_corpus(data, config.seed, group), config)
     skewed = None if isinstance(partition, Iid | Natural) else partition.kind
-    return load_instructions(config.data, config.seed, group, skewed)
+    return _keep_for_server(load_instructions(data, config.seed, group, skewed), config)
 
 
 def _encode(config: Config, model: BaseModel, texts: Texts) -> Tokens:
@@ -144,12 +165,54 @@ def _encode(config: Config, model: BaseModel, texts: Texts) -> Tokens:
     return encode(texts, model.tokenizer, config.model.max_length)
 
 
-def _start(config: Config, fed: Federation, state: ServerState) -> ServerState:
+def _share_out(corpus: Corpus, config: Config, aside: float) -> list[ClientRows]:
+    return share_out(corpus.train, len(corpus.label_names), config.partition, config.seed, aside)
+
+
+def _environments(
+    config: Config,
+    corpus: Corpus,
+    clients: Sequence[ClientRows],
+    model: BaseModel,
+    cache: PrefixCache | None,
+) -> dict[ClientId, ClientEnv]:
+    """What each simulated device keeps between sessions."""
+    if not clients:
+        return {}
+    encoded = _encode(config, model, corpus.train)
+
+    def environment(rows: ClientRows) -> ClientEnv:
+        aside = encoded.select(rows.holdout) if rows.holdout else None
+        return ClientEnv(model, encoded.select(rows.train), aside, list(model.folded), cache)
+
+    return {rows.client: environment(rows) for rows in clients}
+
+
+def _terms(config: Config, corpus: Corpus, model: BaseModel, aside: float) -> Terms:
+    """What the sites have to agree with."""
+    rest = {
+        "max_length": config.model.max_length,
+        "base_dtype": config.model.base_dtype,
+        "prefix_dtype": config.engine.prefix_dtype,
+        "holdout_share": aside,
+    }
+    return terms_of(model, tuple(corpus.label_names), config.seed, rest)
+
+
+def _enough_clients(config: Config, count: int) -> None:
+    if isinstance(config.sampling, SampleCount) and config.sampling.count > count:
+        raise InputError("sampling.count", config.sampling.count, f"at most the {count} clients")
+
+
+def _start(config: Config, fed: Federation, state: ServerState, folds: int) -> ServerState:
     """The state before the first round: what each device says of itself, and the slots in use.
+
+    Args:
+        folds: how many of the state's folds the devices have already.
 
     Raises: InputError when a tier names what is not there, or a device has no room for its first session.
     """
-    records = {client.id: ClientRecord(len(state.folds)) for client in fed.engine.clients()}
+    records = {client.id: ClientRecord(folds) for client in fed.engine.clients()}
     if fed.clock is not None:
         for client, record in records.items():
             capacity = fed.clock.register(client, state.adapter, config.training)
@@ -179,14 +242,23 @@ def _refuse_what_does_not_fit(fed: Federation, clock: Clock, state: ServerState)
             raise InputError("allocation.kind", fed.allocation.kind, allowed)
 
 
-def _clock(config: Config, model: BaseModel, environments: Mapping[str, ClientEnv]) -> Clock | None:
+def _clock(
+    config: Config,
+    model: BaseModel,
+    texts: Mapping[ClientId, tuple[int, int]],
+    asked: Mapping[ClientId, int] | None,
+) -> Clock | None:
     """The clock of the simulated devices, or None where none are simulated."""
     if config.fleet is None:
         return None
-    texts = {client: (len(env.train), int(env.train.starts[-1])) for client, env in environments.items()}
-    asked = {client: env.train.targets(range(len(env.train))) for client, env in environments.items()}
-    spoken = asked if config.task == "causal_lm" else None
-    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0, spoken)
+    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0, asked)
+
+
+def _asked(config: Config, environments: Mapping[ClientId, ClientEnv]) -> dict[ClientId, int] | None:
+    """Response tokens of each client's texts, for a language model."""
+    if config.task != "causal_lm":
+        return None
+    return {client: env.train.targets(range(len(env.train))) for client, env in environments.items()}
 
 
 def _bank(
@@ -224,6 +296,7 @@ def _rounds(config: Config) -> int:
 
 def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
     """One process, or several where the machine can fork and the CPU does the work."""
+    assert isinstance(config.engine, Embedded)
     if config.failures.dropout > 0:
         steady = config.model_copy(update={"failures": Failures()})
         return Dropout(_engine(steady, environments, device), config.failures.dropout, config.seed)
@@ -237,6 +310,7 @@ def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch
 
 def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> int:
     """How many clients share a pass: on a CPU it pays where a step is smaller than about 500 tokens."""
+    assert isinstance(config.engine, Embedded)
     if isinstance(config.aggregation, Stacking):
         return 1  # each client stays with the worker that has its folds
     if config.engine.fuse is not None:
@@ -245,15 +319,6 @@ def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.d
     tokens = sum(int(env.train.starts[-1]) for env in environments.values())
     step = config.training.batch_size * tokens / max(1, texts)
     return max(1, min(64, int((32_768 if device.type == "cuda" else 512) / step)))
-
-
-def _prefix_cache(config: Config) -> PrefixCache | None:
-    """A cache in a temporary folder that goes with the process, or None where there is no room for one."""
-    if config.engine.prefix_gb == 0:
-        return None
-    folder = Path(tempfile.mkdtemp(prefix="polyrank-prefix-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return PrefixCache(folder, int(config.engine.prefix_gb * 1e9), config.engine.prefix_dtype)
 
 
 def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:

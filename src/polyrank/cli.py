@@ -16,7 +16,7 @@ import polyrank
 from polyrank.errors import InputError, RunError, printable
 
 if TYPE_CHECKING:
-    from polyrank.assemble import Experiment
+    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -60,13 +60,19 @@ def run(
 
     refuse_existing(out)
     resolved = load_config(config, settings or [])
+    if resolved.engine.kind == "flare":
+        from polyrank.cli_network import run_remote
+
+        _go_through(*run_remote(resolved, out), resolved.task, as_json)
+        return
     if not as_json:
         typer.echo(f"{resolved.method} on {resolved.data.source}, model {resolved.model.name}: preparing")
         if resolved.robust is not None:
             typer.echo(resolved.robust.limits())
     experiment = prepare(resolved)
     folder = open_folder(experiment, out)
-    _go_through(conduct(experiment, folder), folder.path, experiment, as_json)
+    rounds = experiment.federation.rounds
+    _go_through(conduct(experiment, folder), folder.path, rounds, resolved.task, as_json)
 
 
 @app.command()
@@ -76,6 +82,9 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
     from polyrank.measures import judged
     from polyrank.restart import reopen, restore
 
+    if (remote := _remote_rows(run_folder)) is not None:
+        _go_through(*remote, "classification", as_json)
+        return
     reopened = reopen(run_folder)
     for line in reopened.complaints:
         typer.echo(f"polyrank: {line}; the one before it is taken", err=True)
@@ -87,21 +96,35 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
             typer.echo(f"{run_folder} is finished: {lead.title} {reopened.summary[lead.on_test]:.3f}")
         return
     experiment, manifest = restore(reopened)
+    rounds, task = experiment.federation.rounds, experiment.config.task
     if not as_json:
-        done, rounds = experiment.start.round, experiment.federation.rounds
-        typer.echo(f"{run_folder}: {done} of {rounds} rounds are done")
-    _go_through(conduct(experiment, reopened.folder, manifest), run_folder, experiment, as_json)
+        typer.echo(f"{run_folder}: {experiment.start.round} of {rounds} rounds are done")
+    _go_through(conduct(experiment, reopened.folder, manifest), run_folder, rounds, task, as_json)
 
 
-def _go_through(rows: Iterator[dict[str, Any]], path: Path, experiment: Experiment, as_json: bool) -> None:
+def _remote_rows(path: Path) -> tuple[Iterator[dict[str, Any]], Path, int] | None:
+    """The rows of an unfinished run over a network, or None where clients are simulated."""
+    from polyrank.export import read_config
+    from polyrank.ledger import RunFolder
+
+    if not (path / "config.json").is_file() or (path / "summary.json").exists():
+        return None
+    config = read_config(RunFolder(path))
+    if config.engine.kind != "flare":
+        return None
+    from polyrank.cli_network import resume_remote
+
+    return resume_remote(config, path)
+
+
+def _go_through(rows: Iterator[dict[str, Any]], path: Path, rounds: int, task: str, as_json: bool) -> None:
     """Show a run's rows as they come, and its result."""
     from polyrank.measures import told
     from polyrank.progress import show
 
     summary: dict[str, Any] = {}
-    rounds = experiment.federation.rounds
     try:
-        for row in rows if as_json else show(rows, rounds, experiment.config.task):
+        for row in rows if as_json else show(rows, rounds, task):
             summary = row
     except KeyboardInterrupt:
         typer.echo(f"polyrank: stopped; `polyrank resume {path}` goes on from its last round", err=True)
@@ -307,6 +330,16 @@ def price(
     for device, entry in content.items():
         typer.secho(device, bold=True)
         _print_fields({key: f"{value:.4g}" for key, value in entry.items()})
+
+
+def _add_network_commands() -> None:
+    from polyrank.cli_network import join, provision, serve, status
+
+    for command in (provision, serve, join, status):
+        app.command()(command)
+
+
+_add_network_commands()
 
 
 def _print_json(content: object) -> None:

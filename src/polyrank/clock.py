@@ -138,14 +138,33 @@ class Clock:
         sizes: tuple[int, int],
     ) -> Workload:
         texts, tokens = self.texts[client]
-        steps, seen = session_size(texts, training)
-        held = [one.block for one in self.shape.maps if ranks.get(one.name) or frozen.get(one.name)]
-        lowest = min([*held, self.shape.head_block, self.shape.blocks - 1])
-        skipped = lowest if self.stores and self.shape.skips and not training.base_dropout else 0
-        share = seen * tokens / texts
-        asked = seen * self.asked.get(client, 0) / texts
-        work = Workload(self.shape, ranks, steps, seen, share, *sizes, frozen, asked=asked)
-        return replace(work, skipped=skipped, optimizer_words=optimizer_words(training))
+        work = workload(self.shape, (texts, tokens), training, ranks, frozen, self.stores)
+        asked = work.texts * self.asked.get(client, 0) / texts
+        return replace(work, bytes_down=sizes[0], bytes_up=sizes[1], asked=asked)
+
+
+def workload(
+    shape: ModelShape,
+    texts: tuple[int, int],
+    training: Training,
+    ranks: Mapping[str, int],
+    frozen: Mapping[str, int],
+    stores: bool,
+) -> Workload:
+    """One session of a client with so many texts and tokens; nothing is sent.
+
+    Args:
+        ranks: slots that train, by module.
+        frozen: slots that take part without training, by module.
+        stores: whether the device keeps what enters its lowest adapted block.
+    """
+    count, tokens = texts
+    steps, seen = session_size(count, training)
+    held = [one.block for one in shape.maps if ranks.get(one.name) or frozen.get(one.name)]
+    lowest = min([*held, shape.head_block, shape.blocks - 1])
+    skipped = lowest if stores and shape.skips and not training.base_dropout else 0
+    words, share = optimizer_words(training), seen * tokens / count
+    return Workload(shape, ranks, steps, seen, share, frozen=frozen, skipped=skipped, optimizer_words=words)
 
 
 def make_clock(

@@ -6,13 +6,12 @@ Order of precedence, weakest first: defaults, the method's recipe, the file, `--
 from __future__ import annotations
 
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from polyrank.adapter import Form
 from polyrank.aggregation import (
@@ -30,8 +29,7 @@ from polyrank.clock import FleetTable
 from polyrank.collect import Failures
 from polyrank.data.partition import Dirichlet, Partition
 from polyrank.data.texts import Data
-from polyrank.durable import kind_at
-from polyrank.errors import InputError, choices, first_line
+from polyrank.errors import InputError
 from polyrank.evaluation import Evaluation
 from polyrank.messages import Training
 from polyrank.models.load import PACKAGED, Dtype, TaskName
@@ -42,6 +40,7 @@ from polyrank.robust import Robust
 from polyrank.round import Untrained
 from polyrank.sampling import SampleCount, SamplePoisson, Sampling
 from polyrank.schema import Schema
+from polyrank.tables import as_input_error, read_toml
 from polyrank.voting import Voting
 
 Count = Annotated[int, Field(ge=1)]
@@ -94,6 +93,23 @@ class Embedded(Schema):
     """Threads of torch in each of them; the same number gives the same bits."""
 
 
+class Flare(Schema):
+    """Real sites over a real network, through NVIDIA FLARE (extra ``flare``); see docs/network.md."""
+
+    kind: Literal["flare"] = "flare"
+    kit: str
+    """Folder of the administrator's start-up kit, which `polyrank provision` makes."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a site may take for one request; later it has failed."""
+    prefix_gb: Annotated[float, Field(ge=0)] = 2.0
+    """As for embedded clients, for the server's own scoring; every site sets its own."""
+    prefix_dtype: Literal["fp32", "bf16"] = "fp32"
+    threads: Count = 1
+
+
+Engine = Annotated[Embedded | Flare, Field(discriminator="kind")]
+
+
 class Config(Schema):
     """One run. ``Config()`` is the quick start; every key can be set by name."""
 
@@ -118,7 +134,7 @@ class Config(Schema):
     privacy: Privacy | None = None
     """Differential privacy for clients; nothing: what they send shows in the model as it is."""
     evaluation: Evaluation = Evaluation()
-    engine: Embedded = Embedded()
+    engine: Engine = Embedded()
     fleet: FleetTable | None = None
     """Devices whose time, energy and memory are simulated; nothing: none are."""
     failures: Failures = Failures()
@@ -139,6 +155,11 @@ class Config(Schema):
             kind = getattr(field.default, "kind", None)
             if kind is not None and isinstance(merged.get(name), Mapping):
                 merged[name] = {"kind": kind, **merged[name]}
+        if isinstance(merged.get("engine"), Mapping) and merged["engine"]["kind"] == "flare":
+            apart = set(Embedded.model_fields) - set(
+                Flare.model_fields
+            )  # so that one file serves both engines
+            merged["engine"] = {key: value for key, value in merged["engine"].items() if key not in apart}
         return merged
 
     @model_validator(mode="after")
@@ -206,6 +227,29 @@ class Config(Schema):
         if self.adapter.start != "zero" or isinstance(self.aggregation, Stacking):
             allowed = "needs adapter.start = 'zero' and a rule that folds nothing into the frozen weights"
             raise InputError("model.quantize", bits, allowed)
+
+    @model_validator(mode="after")
+    def _leaves_texts_with_sites(self) -> Self:
+        """Refuse what would need the sites' texts on the server."""
+        if self.engine.kind != "flare":
+            return self
+        if self.task != "classification":
+            raise InputError("task", self.task, "must be 'classification' for engine.kind = 'flare' as yet")
+        if self.data.test is None or self.data.labels is None:
+            key, value = ("data.test", None) if self.data.test is None else ("data.labels", None)
+            allowed = (
+                "must be given for engine.kind = 'flare': the server reads test texts only, never a site's"
+            )
+            raise InputError(key, value, allowed)
+        if self.partition.kind != "natural":
+            allowed = "must be 'natural' for engine.kind = 'flare': every site has its own texts"
+            raise InputError("partition.kind", self.partition.kind, allowed)
+        if self.evaluation.validation_texts or (
+            isinstance(self.allocation, LossBased) and self.allocation.score == "server"
+        ):
+            allowed = "takes train texts, of which the server has none with engine.kind = 'flare'"
+            raise InputError("evaluation.validation_texts", self.evaluation.validation_texts, allowed)
+        return self
 
     def _needs_no_fleet(self) -> None:
         """Refuse a policy that goes by devices where none are known."""
@@ -295,7 +339,7 @@ def load_config(path: Path | None = None, settings: Sequence[str] = ()) -> Confi
 
     Raises: InputError, which names the key, the value and what is allowed.
     """
-    given: Mapping[str, Any] = {} if path is None else _read_toml(path)
+    given: Mapping[str, Any] = {} if path is None else read_toml(path)
     for setting in settings:
         given = merge(given, _setting(setting))
     return make_config(given)
@@ -306,21 +350,7 @@ def make_config(given: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(given))
     except ValidationError as error:
-        raise _as_input_error(error) from None
-
-
-def _read_toml(path: Path) -> Mapping[str, Any]:
-    if kind_at(path) != "file":
-        raise InputError("CONFIG", str(path), "cannot be read: no such file")
-    if path.suffix != ".toml":
-        allowed = "must be a .toml file; texts are named by --set data.source=FILE"
-        raise InputError("CONFIG", str(path), allowed)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("CONFIG", str(path), f"cannot be read ({type(error).__name__})") from error
-    except (ValueError, RecursionError) as error:  # also numbers and nesting past what Python reads
-        raise InputError("CONFIG", str(path), f"is not valid TOML ({first_line(error)})") from error
+        raise as_input_error(error, Config) from None
 
 
 def _setting(text: str) -> dict[str, Any]:
@@ -336,61 +366,3 @@ def _setting(text: str) -> dict[str, Any]:
     for part in reversed(parts):
         value = {part: value}
     return typing.cast("dict[str, Any]", value)
-
-
-def _as_input_error(error: ValidationError) -> InputError:
-    """The first complaint of pydantic as one line."""
-    first = error.errors()[0]
-    if isinstance(inner := first.get("ctx", {}).get("error"), InputError):
-        return inner
-    keys, model = _walk(first["loc"])
-    key, value = ".".join(keys), first["input"]
-    match first["type"]:
-        case "extra_forbidden":
-            fields = model.model_fields if model is not None else ()
-            name = str(first["loc"][-1])
-            return InputError(key or name, value, f"unknown key; {choices(name, fields)}")
-        case "literal_error":
-            return InputError(key, value, f"must be {first['ctx']['expected']}")
-        case "union_tag_invalid":
-            tags = first["ctx"]["expected_tags"].replace("'", "").split(", ")
-            tag = first["ctx"]["tag"]
-            return InputError(f"{key}.kind", tag, choices(tag, tags))
-        case "missing":
-            return InputError(key, None, "must be given")
-        case "model_type" | "dict_type" | "model_attributes_type":
-            return InputError(key, value, "must be a table of keys")
-        case _:
-            message = first["msg"].removeprefix("Value error, ")
-            return InputError(key or "config", value, message.replace("Input should be", "must be"))
-
-
-def _walk(loc: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
-    """The user's dotted key of an error, without union tags, and the table it stands in."""
-    keys: list[str] = []
-    model: type[BaseModel] | None = Config
-    options: list[type[BaseModel]] = []
-    for part in loc:
-        by_kind = {option.model_fields["kind"].default: option for option in options}
-        if part in by_kind:
-            model, options = by_kind[str(part)], []
-            continue
-        if not isinstance(part, int) and ("[" in part or part in ("str", "tuple")):
-            continue
-        keys.append(str(part))
-        field = model.model_fields.get(str(part)) if model is not None else None
-        if field is None:
-            continue
-        tables = _tables(field.annotation)
-        if len(tables) == 1:
-            model = tables[0]
-        options = [table for table in tables if "kind" in table.model_fields]
-    return keys, model
-
-
-def _tables(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
-        return [table for part in typing.get_args(annotation) for table in _tables(part)]
-    return []

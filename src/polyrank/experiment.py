@@ -25,7 +25,6 @@ from polyrank.ledger import (
     RunFolder,
     client_rows,
     create_run_folder,
-    partition_table,
     refuse_existing,
     round_row,
     score_rows,
@@ -85,7 +84,7 @@ def open_folder(experiment: Experiment, out: Path | None) -> RunFolder:
 def describe(experiment: Experiment, folder: RunFolder) -> None:
     """What is known before the first round besides the config."""
     folder.write("versions.json", versions())
-    folder.write("partition.json", partition_table(experiment.corpus, experiment.clients))
+    folder.write("partition.json", experiment.partition)
     begin_samples(experiment, folder)
 
 
@@ -129,7 +128,7 @@ def in_private(experiment: Experiment, folder: RunFolder) -> Federation:
     if config.privacy is None:
         return fed
     charges = config.privacy.open(folder.path, config.sampling)
-    share = expected_share(config.sampling, len(experiment.clients))
+    share = expected_share(config.sampling, len(experiment.partition["clients"]))
     rule = PrivateMean(config.privacy, config.aggregation, config.allocation, share, charges)
     sampling = SecretSampling(config.sampling, int.from_bytes(charges.key))
     return replace(fed, aggregation=rule, sampling=sampling, private=True)

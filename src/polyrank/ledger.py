@@ -28,6 +28,7 @@ from polyrank import durable
 from polyrank.clock import Priced
 from polyrank.data.partition import ClientRows, label_counts
 from polyrank.data.texts import Corpus
+from polyrank.engine.base import Client
 from polyrank.errors import InputError
 from polyrank.messages import ClientScores
 from polyrank.round import RoundRecord
@@ -178,6 +179,16 @@ def partition_table(corpus: Corpus, clients: Sequence[ClientRows]) -> dict[str, 
         "num_test": len(corpus.test),
         "test_label_counts": label_counts(corpus.test, range(len(corpus.test)), count),
     }
+
+
+def site_table(corpus: Corpus, sites: Sequence[Client]) -> dict[str, Any]:
+    """`partition_table` of real sites, which say how many texts they have and no more."""
+    here = partition_table(corpus, [])
+    rows = [
+        {"client": site.id, "num_train": site.num_examples, "num_holdout": None, "label_counts": None}
+        for site in sites
+    ]
+    return {**here, "clients": rows}
 
 
 def round_row(record: RoundRecord, scores: Mapping[str, float] | None) -> dict[str, Any]:

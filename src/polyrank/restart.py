@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank import durable
-from polyrank.assemble import Experiment, prepare
+from polyrank.assemble import Experiment, Network, prepare
 from polyrank.client import MissingFoldsError, catch_up
 from polyrank.commit import Committed, Manifest, newest, rewind
 from polyrank.errors import InputError
@@ -71,13 +71,16 @@ def reopen(path: Path) -> Reopened:
     return Reopened(folder, None, committed, complaints)
 
 
-def restore(reopened: Reopened) -> tuple[Experiment, Manifest | None]:
+def restore(reopened: Reopened, network: Network | None = None) -> tuple[Experiment, Manifest | None]:
     """The experiment as it stood at the checkpoint, and the checkpoint's manifest.
+
+    Args:
+        network: the way to real sites, where the run has some.
 
     Raises: InputError when the data or the model are not those that the run began with.
     """
     folder, committed = reopened.folder, reopened.committed
-    experiment = prepare(read_config(folder))
+    experiment = prepare(read_config(folder), network)
     if committed is None:
         durable.drop_folder(folder.path / JOURNAL)
         rewind(folder, None)
@@ -91,7 +94,10 @@ def restore(reopened: Reopened) -> tuple[Experiment, Manifest | None]:
             raise InputError(key, value.source if name == "data" else value.name, allowed)
     rewind(folder, committed)
     _give_back_folds(experiment, committed)
-    return replace(experiment, start=committed.state), committed.manifest
+    state = committed.state
+    if network is not None:  # their processes began anew as well, and hold no fold
+        state = replace(state, clients={c: replace(record, folds=0) for c, record in state.clients.items()})
+    return replace(experiment, start=state), committed.manifest
 
 
 def _give_back_folds(experiment: Experiment, committed: Committed) -> None:

@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors", "schema", "seed", "measures"],
     ["durable"],
+    ["tables"],
     ["adapter", "recipes", "device"],
     ["importance"],
     ["messages"],
@@ -32,12 +33,14 @@ LAYERS = [
     ["collect"],
     ["round"],
     ["config", "ledger", "checkpoint"],
-    ["commit"],
+    ["commit", "site"],
     ["export", "card", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment", "samples"],
     ["restart"],
-    ["compare", "plan", "replay", "speak", "memory"],
-    ["cli"],
+    ["compare", "plan", "replay", "speak", "memory", "network"],
+    ["remote"],
+    ["provision"],
+    ["cli", "cli_network"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -48,7 +48,7 @@ class Prepared:
 
     def resume(self, out: Path) -> None:
         experiment.write_report = plain_report
-        restart.prepare = lambda config: self.experiment
+        restart.prepare = lambda config, network=None: self.experiment
         restart.resume(out)
 
     def finish(self, out: Path) -> None:

@@ -106,7 +106,7 @@ def _rows_by_client(
         partitioner = _partitioner(partition, num_labels, seed)
         rows = _split(texts, order, partitioner, partition)
         names = [str(partitioner.partition_id_to_natural_id[index]) for index in range(len(rows))]
-        return sorted(zip(names, rows, strict=True))
+        return sorted(zip(names, map(sorted, rows), strict=True))  # as they stand in the owner's own file
     if partition.clients > len(texts):
         allowed = f"at most one client per train text, and there are {len(texts)}"
         raise InputError("partition.clients", partition.clients, allowed)

@@ -100,6 +100,19 @@ def _subsampled(corpus: Corpus, data: Data, seed: int) -> Corpus:
     )
 
 
+def load_texts(path: Path, key: str, data: Data, names: Sequence[str]) -> Texts:
+    """All texts of one file, under label names that are agreed already.
+
+    Args:
+        key: what the path is called where it was given.
+        data: names the columns.
+
+    Raises: InputError as `load_corpus`.
+    """
+    table = read_table(path, key)
+    return _texts(table, data, names, None, by_name=_are_names(table, data, names))
+
+
 def read_table(path: Path, key: str) -> pa.Table:
     """One file as an Arrow table.
 

@@ -9,9 +9,12 @@ and the updates folded into the weights.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +91,15 @@ class PrefixCache:
     def _tell(self, event: str) -> None:
         with (self.folder / "events").open("a") as file:
             file.write(f"{event}\n")
+
+
+def temporary_cache(room_gb: float, dtype: Literal["fp32", "bf16"]) -> PrefixCache | None:
+    """A cache in a temporary folder that goes with the process, or None where there is no room for one."""
+    if room_gb == 0:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="polyrank-prefix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return PrefixCache(folder, int(room_gb * 1e9), dtype)
 
 
 def lowest_block(blocks: Sequence[str], modules: Iterable[str]) -> int:

@@ -79,12 +79,17 @@ def _run_figures(
                 "up": [row["bytes_up"] / 1e6 for row in rows],
             },
         ),
-        "Labels on each client" if len(partition["labels"]) > 1 else "Texts of each client": label_histogram(
-            [client["client"] for client in partition["clients"]],
-            partition["labels"],
-            [client["label_counts"] for client in partition["clients"]],
-        ),
-    }
+    } | _labels_figure(partition)
+
+
+def _labels_figure(partition: dict[str, Any]) -> dict[str, Any]:
+    """Labels on each client, where the server knows them: real sites do not tell."""
+    told = [client for client in partition["clients"] if client["label_counts"] is not None]
+    if not told:
+        return {}
+    names, counts = [client["client"] for client in told], [client["label_counts"] for client in told]
+    title = "Labels on each client" if len(partition["labels"]) > 1 else "Texts of each client"
+    return {title: label_histogram(names, partition["labels"], counts)}
 
 
 def _loss_figure(rows: list[dict[str, Any]]) -> Any:

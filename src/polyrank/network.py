@@ -1,0 +1,200 @@
+"""What runs inside FLARE: the server's main function, which goes through a run, and a site's answers.
+
+The round loop is `experiment.conduct`, the same as for simulated clients; a site's answer is `client.handle`.
+A job of FLARE is one stretch of a run: it opens the run folder, goes on from its last checkpoint and its
+journal, and ends with the run, or after a round when a site is back that the job does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare.collab import collab
+from nvflare.collab.api.exceptions import RunAborted
+from pydantic import ValidationError
+
+from polyrank.config import Flare
+from polyrank.engine.base import Client
+from polyrank.engine.flare import FlareEngine
+from polyrank.errors import InputError, RunError, first_line, printable
+from polyrank.experiment import conduct
+from polyrank.export import read_config
+from polyrank.ledger import RunFolder
+from polyrank.messages import ClientId
+from polyrank.restart import reopen, restore
+from polyrank.session import ClientError
+from polyrank.site import Joined, Site, Terms, read_table
+from polyrank.wire import WireError
+
+SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
+SITES, ENDED, PAUSE = "sites.json", "ended.json", "pause"
+"""In the run folder: what the sites said of themselves; why a job ended; a wish to end after this round."""
+SERVER_CLASS, SITE_CLASS = "polyrank.network.ServerEnd", "polyrank.network.SiteEnd"
+_JOIN_S = 600.0
+_log = logging.getLogger("polyrank")
+
+
+class SiteEnd:
+    """A site's process, as FLARE starts it: one thread does all the work, one request after the other."""
+
+    def __init__(self) -> None:
+        device = os.environ.get(DEVICE_VARIABLE) or None
+        self.site = Site(read_table(Path(os.environ[SITE_VARIABLE]), device))
+        self.desk = ThreadPoolExecutor(1, "polyrank")
+        self.latest: bytes = b""
+
+    @collab.publish  # type: ignore[untyped-decorator]
+    def join(self, terms: str) -> str:
+        """What the site says of itself as JSON, or the line that says why it does not take part."""
+        return self.desk.submit(self._join, collab.site_name, terms).result()
+
+    @collab.publish  # type: ignore[untyped-decorator]
+    def answer(self, request: bytes) -> bytes | str:
+        """What `client.handle` made of a request, or the line that says why there is nothing."""
+        self.latest = request
+        return self.desk.submit(self._answer, request).result()
+
+    def _join(self, name: ClientId, terms: str) -> str:
+        try:
+            return self.site.join(name, Terms.model_validate_json(terms)).model_dump_json()
+        except (InputError, ValidationError) as error:
+            _log.error("polyrank: this site does not take part: %s", first_line(error, 500))
+            return first_line(error, 500)
+
+    def _answer(self, request: bytes) -> bytes | str:
+        if request is not self.latest:
+            return "the server has asked anew since"
+        try:
+            return self.site.answer(request)
+        except (ClientError, WireError) as error:
+            _log.error("polyrank: %s", first_line(error))
+            return f"{type(error).__name__}: {first_line(error)}"
+
+
+class ServerEnd:
+    """The server's part of a job.
+
+    Args:
+        run: the run folder.
+        sites: those that were there when the job was made; a run begins with all of them or not at all.
+    """
+
+    def __init__(self, run: str, sites: list[ClientId]) -> None:
+        self.run = run
+        self.sites = sites
+
+    @collab.main  # type: ignore[untyped-decorator]
+    def main(self) -> None:
+        """Go on with the run, and leave in its folder how this ended."""
+        folder = RunFolder(Path(self.run))
+        code, line = 0, ""
+        try:
+            proxies = {site.name: site for site in collab.clients}
+            gone = sorted(set(self.sites) - set(proxies))
+            if gone and not (folder.path / SITES).exists():
+                raise RunError(f"{', '.join(gone)} left before the run began")
+            _go_on(folder, proxies)
+        except InputError as error:
+            code, line = 2, str(error)
+        except RunError as error:
+            code, line = 1, str(error)
+        folder.write(ENDED, {"code": code, "line": line})
+
+
+def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any]) -> None:
+    reopened = reopen(folder.path)
+    if reopened.summary is not None:
+        return
+    engine = read_config(folder).engine
+    assert isinstance(engine, Flare)
+    experiment, manifest = restore(reopened, Sites(sites, folder, engine.deadline_s))
+    for _ in conduct(experiment, reopened.folder, manifest):
+        if (folder.path / PAUSE).exists():
+            return
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of one job, and those that a run began with."""
+
+    proxies: Mapping[ClientId, Any]
+    folder: RunFolder
+    deadline_s: float
+
+    def open(self, terms: Terms) -> tuple[FlareEngine, Mapping[ClientId, tuple[int, int]]]:
+        """Ask every site to join; a run begins with all its sites, and goes on with those that are there.
+
+        Raises: InputError when a site does not agree.
+        """
+        registered = self.folder.read(SITES) if (self.folder.path / SITES).exists() else {}
+        with ThreadPoolExecutor(max(1, len(self.proxies))) as pool:
+            found = list(pool.map(lambda name: self._join(name, terms, registered), self.proxies))
+        here = {name: one for name, one in zip(self.proxies, found, strict=True) if isinstance(one, Joined)}
+        for name, one in zip(self.proxies, found, strict=True):
+            if not isinstance(one, Joined):
+                if not registered:
+                    raise InputError("site", name, f"does not take part: {one}")
+                _log.error("polyrank: site %s does not take part: %s", name, one)
+        told = {name: {**one.model_dump(), "connected": True} for name, one in here.items()}
+        absent = {name: {**row, "connected": False} for name, row in registered.items() if name not in here}
+        rows = dict(sorted({**absent, **told}.items()))
+        self.folder.write(SITES, rows)
+        population = [Client(name, row["num_examples"]) for name, row in rows.items()]
+        proxies = {name: self.proxies[name] for name in here}
+        engine = FlareEngine(population, proxies, self.deadline_s, RunAborted)
+        return engine, {name: (row["num_examples"], row["num_tokens"]) for name, row in rows.items()}
+
+    def _join(self, name: ClientId, terms: Terms, registered: Mapping[str, Any]) -> Joined | str:
+        """What the site says of itself, or why it does not take part."""
+        try:
+            told = self.proxies[name](timeout=_JOIN_S).join(terms.model_dump_json())
+            joined = Joined.model_validate_json(told)
+        except ValidationError:
+            return printable(str(told), 500)
+        except RunAborted:
+            raise
+        except Exception as failure:  # a site's trouble is not the run's
+            return first_line(failure)
+        before = registered.get(name, {}).get("num_examples")
+        if registered and joined.num_examples != before:
+            return f"has {joined.num_examples} texts, and the run began with {before}"
+        return joined
+
+
+def write_job(run: Path, sites: list[ClientId], out: Path) -> None:
+    """The folder that describes a job to FLARE: which classes run where, and no code."""
+    app = out / "app" / "config"
+    app.mkdir(parents=True)
+    meta = {
+        "name": "polyrank",
+        "resource_spec": {},
+        "min_clients": 1,  # a job with fewer than it asks for, or without one it must have, is ended by FLARE
+        "deploy_map": {"app": ["server", *sites]},
+    }
+    controller = "nvflare.collab.runtime.controller.CollabController"
+    server = {
+        "format_version": 2,
+        "workflows": [{"id": "controller", "path": controller, "args": {"server_obj_id": "server_end"}}],
+        "components": [{"id": "server_end", "path": SERVER_CLASS, "args": {"run": str(run), "sites": sites}}],
+    }
+    executor = "nvflare.collab.runtime.executor.CollabExecutor"
+    client = {
+        "format_version": 2,
+        "executors": [
+            {"tasks": ["*"], "executor": {"path": executor, "args": {"client_obj_id": "site_end"}}}
+        ],
+        "components": [{"id": "site_end", "path": SITE_CLASS, "args": {}}],
+    }
+    for path, content in (
+        (out / "meta.json", meta),
+        (app / "config_fed_server.json", server),
+        (app / "config_fed_client.json", client),
+    ):
+        path.write_text(json.dumps(content, indent=2), encoding="utf-8")
