@@ -164,10 +164,11 @@ def _watch(
     started, before, missed = time.monotonic(), _stamp(folder.path), set[ClientId]()
     for turn in itertools.count(1):
         time.sleep(_POLL_S)
-        rows = folder.read_rows("rounds.jsonl")
+        ended = (folder.path / ENDED).exists()
+        rows = folder.read_rows("rounds.jsonl")  # after the question, so that none of an ended job is missed
         yield from rows[shown:]
         shown = max(shown, len(rows))
-        if (folder.path / ENDED).exists():
+        if ended:
             return _wait_for_end(admin, job)
         if _stamp(folder.path) != before:
             if _is_free(folder.path):  # it ends, or was killed

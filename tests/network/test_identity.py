@@ -87,20 +87,24 @@ def served(federation: Federation) -> Federation:
             time.sleep(1)
 
 
+def let_in(federation: Federation, certificate: tuple[Path, Path] | None) -> bool:
+    try:
+        return greeting(federation, certificate) != b""
+    except (ssl.SSLError, ConnectionResetError):
+        return False
+
+
 def test_without_a_certificate(served):
-    with pytest.raises(OSError, match="certificate required|reset|handshake"):
-        assert not greeting(served, None)
+    assert not let_in(served, None)
 
 
 def test_with_a_certificate_of_another_root(served, tmp_path):
     provision("other", "localhost", ["site-a"], tmp_path / "kits")
-    with pytest.raises(OSError, match="unknown ca|decrypt error|certificate|reset"):
-        assert not greeting(served, pair(tmp_path / "kits" / "site-a"))
+    assert not let_in(served, pair(tmp_path / "kits" / "site-a"))
 
 
 def test_with_an_expired_certificate(served, tmp_path):
-    with pytest.raises(OSError, match="certificate expired|certificate|reset"):
-        assert not greeting(served, expired(served, tmp_path))
+    assert not let_in(served, expired(served, tmp_path))
 
 
 def test_in_plain_text(served):
@@ -113,14 +117,16 @@ def test_in_plain_text(served):
 def test_under_the_name_of_another_site(served, tmp_path):
     kit = tmp_path / "kit"
     shutil.copytree(served.folder / "kits" / "site-a", kit)
-    for path in (kit / "startup" / "fed_client.json",):
-        path.write_text(path.read_text().replace("site-a", "site-b"))
+    settings = kit / "startup" / "fed_client.json"
+    settings.write_text(settings.read_text().replace("site-a", "site-b"))
     name = "intruder"
     served.running[name] = served.begin(
         name, "join", str(kit), "--data", str(served.folder / "site-a" / "site.toml")
     )
-    time.sleep(25)
+    reason = "authenticated as 'site-a' but claimed endpoint 'site-b' requires identity 'site-b'"
+    until = time.monotonic() + 60
+    while reason not in (served.folder / "server.out").read_text():
+        assert time.monotonic() < until
+        time.sleep(1)
     served.kill(name)
-    told = (served.folder / f"{name}.out").read_text() + (served.folder / "server.out").read_text()
     assert "Successfully registered" not in (served.folder / f"{name}.out").read_text()
-    print([line[-300:] for line in told.splitlines() if "identity" in line.lower() or "ERROR" in line][-8:])

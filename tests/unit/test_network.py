@@ -12,7 +12,7 @@ pytest.importorskip("nvflare")
 from polyrank import remote
 from polyrank.errors import InputError, RunError
 from polyrank.ledger import RunFolder
-from polyrank.network import ENDED, SITES, Sites, write_job
+from polyrank.network import ENDED, PAUSE, SITES, Sites, write_job
 from polyrank.provision import provision, restrict
 from polyrank.site import Joined, Terms
 
@@ -158,3 +158,76 @@ def test_bad_input_that_a_job_finds_ends_the_run_at_once(unfinished, monkeypatch
     monkeypatch.setattr(remote, "_stretch", Stretches(unfinished, (0, bad)))
     with pytest.raises(InputError, match="site = 'site-a': does not take part"):
         list(remote.follow(unfinished.path))
+
+
+class FakeAdmin:
+    """A server that answers with what is left in its lists, and is not to be reached for an error."""
+
+    def __init__(self, idle=(), over=()):
+        self.told = {"idle": list(idle), "over": list(over)}
+
+    def _next(self, name, otherwise):
+        found = self.told[name].pop(0) if self.told[name] else otherwise
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def idle(self):
+        return self._next("idle", set())
+
+    def is_over(self, job):
+        return self._next("over", True)
+
+
+def watched(run, admin, monkeypatch, *events):
+    """The rows seen while events happen, one at each look; an event is a function."""
+    monkeypatch.setattr(remote, "_ASK_EVERY", 1)
+    waiting = list(events)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: waiting.pop(0)() if waiting else None)
+    return list(remote._watch(admin, run, ["site-a", "site-b"], "job", 0))
+
+
+def test_a_server_that_does_not_answer_is_no_end_of_a_job(unfinished, monkeypatch):
+    held = []
+
+    def begin():
+        held.append(remote.durable.lock(unfinished.path))
+        unfinished.write(SITES, {})
+
+    def end():
+        unfinished.append("rounds.jsonl", [{"round": 1}])
+        unfinished.write(ENDED, {"code": 0, "line": ""})
+
+    away = [ConnectionError("away")] * 2
+    events = (begin, lambda: unfinished.append("rounds.jsonl", [{"round": 0}]), lambda: None, end)
+    rows = watched(unfinished, FakeAdmin(idle=away), monkeypatch, *events)
+    assert [row["round"] for row in rows] == [0, 1]
+
+
+def test_a_job_that_was_killed_has_let_go_of_the_run(unfinished, monkeypatch):
+    held = []
+
+    def begin():
+        held.append(remote.durable.lock(unfinished.path))
+        unfinished.write(SITES, {})
+
+    def die():
+        held.pop().release()
+
+    assert watched(unfinished, FakeAdmin(idle=[set()] * 2), monkeypatch, begin, lambda: None, die) == []
+    assert remote._why_it_ended(unfinished) == "the job was cut off"
+
+
+@pytest.mark.parametrize("second", ["site-b", "site-a"])
+def test_a_job_is_asked_to_end_for_a_site_that_stays_without_work(unfinished, monkeypatch, second):
+    held = []
+
+    def begin():
+        held.append(remote.durable.lock(unfinished.path))
+        unfinished.write(SITES, {})
+
+    def end():
+        assert (unfinished.path / PAUSE).exists() == (second == "site-b")
+        unfinished.write(ENDED, {"code": 0, "line": ""})
+
+    watched(unfinished, FakeAdmin(idle=[{"site-b"}, {second}]), monkeypatch, begin, lambda: None, end)
