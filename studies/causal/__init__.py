@@ -1,0 +1,1 @@
+"""Instruction tuning of a small language model, federated against central."""
