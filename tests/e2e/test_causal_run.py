@@ -65,6 +65,13 @@ def test_the_same_methods(inputs, tmp_path, method):
     assert "majority_rate" not in summary
 
 
+@pytest.mark.parametrize("setting", ["engine.workers=2", "engine.prefix_gb=0"])
+def test_the_same_bits_in_several_processes_and_without_a_stored_prefix(inputs, finished, tmp_path, setting):
+    again = run(small_config(inputs, "causal", setting), tmp_path / "again").summary
+    assert again["adapter_sha256"] == finished.summary["adapter_sha256"]
+    assert again["test_perplexity"] == finished.summary["test_perplexity"]
+
+
 def test_what_a_run_leaves_behind(finished):
     samples = json.loads((finished.path / "samples.json").read_text())
     assert [sorted(row) for row in samples] == [["after", "before", "prompt", "response"]] * 2
