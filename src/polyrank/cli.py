@@ -104,10 +104,11 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
 
 def _remote_rows(path: Path) -> tuple[Iterator[dict[str, Any]], Path, int] | None:
     """The rows of an unfinished run over a network, or None where clients are simulated."""
+    from polyrank import durable
     from polyrank.export import read_config
     from polyrank.ledger import RunFolder
 
-    if not (path / "config.json").is_file() or (path / "summary.json").exists():
+    if durable.kind_at(path / "config.json") != "file" or (path / "summary.json").exists():
         return None
     config = read_config(RunFolder(path))
     if config.engine.kind != "flare":

@@ -159,15 +159,15 @@ class Site:
     def _environment(self, name: ClientId, terms: Terms) -> ClientEnv:
         texts = read_texts(self.table.data, terms.labels)  # a defect is told before a model is loaded
         wanted = self.table.model
-        model = load_base(
-            wanted.name, terms.labels, terms.seed, pick_device(self.table.device), terms.base_dtype
-        )
+        shown, device = Path(wanted.name).name, pick_device(self.table.device)  # no path leaves the site
+        try:
+            model = load_base(wanted.name, terms.labels, terms.seed, device, terms.base_dtype)
+        except InputError as error:
+            raise InputError(error.key, shown, error.allowed.replace(wanted.name, shown)) from None
         self.loads += 1
         model = replace(model, skips=can_skip(model))
         if wanted.sha256 is not None and (found := weights_sha256(model.source)) != wanted.sha256:
-            raise InputError(
-                "model.sha256", found, f"of the weights of {wanted.name}: expected {wanted.sha256}"
-            )
+            raise InputError("model.sha256", found, f"of the weights of {shown}: expected {wanted.sha256}")
         agree("model.name", model.digest, terms.digest, f"base model {terms.model}")
         agree("model.name", tokenizer_digest(model.tokenizer), terms.tokenizer, f"tokenizer of {terms.model}")
         train, holdout = kept_aside(len(texts), terms, name)

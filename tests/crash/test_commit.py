@@ -265,7 +265,7 @@ def test_two_processes_on_one_run_folder(race_folder, race, tmp_path):
         os.close(gate[1])
         os.read(gate[0], 1)  # both start when the test closes its end
 
-        def hold(config):
+        def hold(config, network=None):
             os.close(opened[1])
             os.read(opened[0], 1)  # the winner goes no further than the test lets it
             os._exit(0)
