@@ -18,6 +18,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from polyrank import durable
 from polyrank.accountant import Mechanism
 from polyrank.errors import InputError, RunError
 
@@ -77,7 +78,9 @@ class Charges:
             left = f"round {round_} would take epsilon to {epsilon:.4g}, the budget is {self.budget:g}"
             raise RunError(f"privacy: {left}; nothing of it was released")
         charge = Charge(len(self.made), round_, name, not before, epsilon, self.mechanism.delta)
-        append_synced(self._path, json.dumps(asdict(charge)) + "\n")
+        with durable.disk_errors(self._path):
+            durable.append(self._path, (json.dumps(asdict(charge)) + "\n").encode())
+            durable.sync_folder(self._path.parent)
         self.made.append(charge)
         return charge
 
@@ -114,26 +117,8 @@ def secret(folder: Path) -> bytes:
             file.flush()
             os.fsync(file.fileno())
         new.rename(path)
-        sync_folder(folder)
+        durable.sync_folder(folder)
     key = path.read_bytes()
     if len(key) != 32:
         raise InputError(KEY, str(path), "must hold 32 bytes")
     return key
-
-
-def append_synced(path: Path, line: str) -> None:
-    """Append a line; it survives a crash once this returns."""
-    with path.open("ab") as file:
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
