@@ -42,14 +42,14 @@ def run_arm(folder: Path, data: Path, ranks: Sequence[int], seed: int) -> dict[s
         return found
     config = {
         "seed": seed,
-        "rounds": 15,
+        "rounds": 12,
         "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": 48},
         "data": {"source": str(data / "sst2"), "max_train": 4_000},
         "partition": {"kind": "iid", "clients": 20},
         "sampling": {"kind": "count", "count": 6},
-        "training": {"learning_rate": 5e-3, "local_steps": 6},
-        "evaluation": {"every": 15, "batch_size": 64},
+        "training": {"learning_rate": 3e-3, "schedule": "linear", "local_steps": 6, "batch_size": 8},
+        "evaluation": {"every": 12, "batch_size": 64},
         "fleet": {"name": "uniform"},
     }
     experiment = prepare(make_config(config))
