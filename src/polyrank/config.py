@@ -56,7 +56,7 @@ class Model(Schema):
     """How the frozen weights multiply; bf16 is faster on a CPU with units for it. Those of a language model
     are also stored in it; adapter, loss and optimiser stay fp32."""
     quantize: Bits | None = None
-    """causal_lm on CUDA: frozen weights of 4 (nf4) or 8 bits, by the extra ``quantized``."""
+    """causal_lm: frozen weights of 8 bits (CUDA or CPU) or 4 (nf4, CUDA), by the extra ``quantized``."""
     gradient_checkpointing: bool = False
     """Keep only what enters each block, and compute the rest again for the backward pass."""
 

@@ -237,9 +237,26 @@ def test_a_base_stored_in_bf16_trains_an_adapter_in_fp32(speaker, stored, tmp_pa
     assert evaluate(narrow, reference, {}, data, 4)["loss"] == pytest.approx(loss, rel=0.02)
 
 
-def test_few_bits_need_cuda(stored):
+def test_four_bits_need_cuda_and_eight_need_linear_maps(stored):
     with pytest.raises(InputError, match="model.quantize = '4bit': needs CUDA, and this run is on cpu"):
         load_speaker(stored("llama"), CPU, bits="4bit")
+    with pytest.raises(InputError, match="model.quantize = '8bit': needs CUDA for a model whose maps"):
+        load_speaker(stored("gpt2"), CPU, bits="8bit")
+
+
+def test_a_base_of_int8_weights_trains_an_fp32_adapter(stored):
+    """On a CPU: a quarter of the bytes inside the blocks, an adapter close to that of the wide base."""
+    wide, narrow = load_speaker(stored("llama"), CPU), load_speaker(stored("llama"), CPU, bits="8bit")
+    assert (narrow.packs, narrow.digest) == (True, wide.digest)
+    weight = narrow.network.get_submodule("model.layers.1.mlp.up_proj").weight
+    assert (weight.qdata.dtype, weight.qdata.shape) == (torch.int8, weight.shape)
+    upper = "model.layers.1.self_attn.q_proj"
+    data, task = prompts(8), task_for(wide, only=upper, optimizer="sgd", learning_rate=1.0, local_steps=8)
+    reference = train(task, ClientEnv(wide, data)).adapter
+    update = train(task, ClientEnv(narrow, data))
+    moved = largest_difference(reference, task.adapter)
+    assert 0 < largest_difference(update.adapter, reference) < 0.1 * moved
+    assert {t.dtype for f in update.adapter.modules.values() for t in f.tensors().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
