@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from polyrank.data.docstrings import load_docstrings
 from polyrank.data.texts import Corpus
-from polyrank.models.load import BaseModel, load_base, prepare
+from polyrank.models.load import BaseModel, load_base, packaged_model, prepare
 
 torch.set_num_threads(1)
 settings.register_profile("polyrank", deadline=None, max_examples=40, derandomize=True)
@@ -94,6 +94,13 @@ def tiny_speaker(family: str = "llama", **changes: Any) -> BaseModel:
         config = getattr(transformers, f"{name}Config")(**{**options, **changes})
         network = transformers.AutoModelForCausalLM.from_config(config).eval()
     return prepare(network, None, f"tiny-{family}", set(), CPU, "causal_lm")
+
+
+def stored_speaker(family: str, path: Path) -> str:
+    """A folder with a tiny language model in bf16 and a tokenizer; returns its name."""
+    tiny_speaker(family, initializer_range=0.2).network.to(torch.bfloat16).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from polyrank.errors import InputError, RunError
     from polyrank.experiment import Result, run
     from polyrank.restart import resume
+
+# transformers imports torchao wherever it is installed, and that tells on stderr of GPU kernels it lacks.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Config", "InputError", "Result", "RunError", "__version__", "load_config", "resume", "run"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import nn
 
 from polyrank.errors import InputError
 from polyrank.models.frozen import fp32_pays, pack_blocks
-from polyrank.models.load import BaseModel, Dtype, prepare, quiet, reading, weights_digest
+from polyrank.models.load import BaseModel, Dtype, prepare, reading, weights_digest
 from polyrank.models.targets import block_names, linear_shape
 
 Bits = Literal["8bit", "4bit"]
@@ -92,12 +91,7 @@ def round_to_int8(blocks: Sequence[nn.Module]) -> None:
     if not all(isinstance(module, nn.Linear) for module in maps):
         allowed = "needs CUDA for a model whose maps are not nn.Linear (GPT-2's are Conv1D)"
         raise InputError("model.quantize", "8bit", allowed)
-    logging.disable()  # its import tells of GPU kernels that a CPU has no use for
-    try:
-        with quiet():
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            for block in blocks:
-                quantize_(block, Int8WeightOnlyConfig())
-    finally:
-        logging.disable(logging.NOTSET)
+    for block in blocks:
+        quantize_(block, Int8WeightOnlyConfig())
