@@ -21,9 +21,9 @@ from polyrank.collect import Failures
 from polyrank.config import Config, Embedded, Flare
 from polyrank.data.instructions import tokenize_instructions
 from polyrank.data.partition import ClientRows, Iid, Natural, share_out
-from polyrank.data.source import load_corpus, load_instructions, load_texts
+from polyrank.data.source import load_corpus, load_instructions, load_responses, load_texts
 from polyrank.data.texts import Corpus, Texts, corpus_digest
-from polyrank.data.tokens import Tokens, tokenize
+from polyrank.data.tokens import TextSizes, Tokens, tokenize
 from polyrank.engine.base import Engine
 from polyrank.engine.dropout import Dropout
 from polyrank.engine.embedded import EmbeddedEngine
@@ -53,8 +53,8 @@ JOURNAL = "journal"
 class Network(Protocol):
     """The way to real sites."""
 
-    def open(self, terms: Terms) -> tuple[Engine, Mapping[ClientId, tuple[int, int]]]:
-        """An engine over the sites that agree with the terms, and how many texts and tokens each has.
+    def open(self, terms: Terms) -> tuple[Engine, Mapping[ClientId, TextSizes]]:
+        """An engine over the sites that agree with the terms, and how much text each has.
 
         Raises: InputError where a site does not agree.
         """
@@ -105,9 +105,7 @@ def prepare(config: Config, network: Network | None = None) -> Experiment:
     environments = _environments(config, corpus, clients, model, cache)
     if network is None:
         engine, partition = _engine(config, environments, device), partition_table(corpus, clients)
-        texts: Mapping[ClientId, tuple[int, int]] = {
-            name: (len(env.train), int(env.train.starts[-1])) for name, env in environments.items()
-        }
+        texts: Mapping[ClientId, TextSizes] = {name: env.train.sizes for name, env in environments.items()}
     else:
         engine, texts = network.open(_terms(config, corpus, model, aside))
         partition = site_table(corpus, engine.clients())
@@ -123,7 +121,7 @@ def prepare(config: Config, network: Network | None = None) -> Experiment:
         untrained=config.adapter.untrained,
         voting=config.voting,
         validate=None if kept is None else _validation(config, model, kept),
-        clock=_clock(config, model, texts, _asked(config, environments)),
+        clock=_clock(config, model, texts),
     )
     test = _encode(config, model, corpus.test)
     opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
@@ -150,9 +148,10 @@ def _corpus(config: Config) -> tuple[Corpus, Texts | None]:
     data, partition = config.data, config.partition
     if isinstance(config.engine, Flare):
         assert data.test is not None
-        assert data.labels is not None
-        test = load_texts(Path(data.test), "data.test", data, data.labels)
-        return Corpus(test.select([]), test, data.labels), None
+        path, key, names = Path(data.test), "data.test", data.labels or ("texts",)
+        speaks = config.task == "causal_lm"
+        test = load_responses(path, key, data) if speaks else load_texts(path, key, data, names)
+        return Corpus(test.select([]), test, names), None
     group = partition.column if isinstance(partition, Natural) else None
     if config.task == "classification":
         return _keep_for_server(load_corpus(data, config.seed, group), config)
@@ -191,8 +190,10 @@ def _environments(
 def _terms(config: Config, corpus: Corpus, model: BaseModel, aside: float) -> Terms:
     """What the sites have to agree with."""
     rest = {
+        "task": config.task,
         "max_length": config.model.max_length,
         "base_dtype": config.model.base_dtype,
+        "quantize": config.model.quantize,
         "prefix_dtype": config.engine.prefix_dtype,
         "holdout_share": aside,
     }
@@ -242,23 +243,13 @@ def _refuse_what_does_not_fit(fed: Federation, clock: Clock, state: ServerState)
             raise InputError("allocation.kind", fed.allocation.kind, allowed)
 
 
-def _clock(
-    config: Config,
-    model: BaseModel,
-    texts: Mapping[ClientId, tuple[int, int]],
-    asked: Mapping[ClientId, int] | None,
-) -> Clock | None:
+def _clock(config: Config, model: BaseModel, sizes: Mapping[ClientId, TextSizes]) -> Clock | None:
     """The clock of the simulated devices, or None where none are simulated."""
     if config.fleet is None:
         return None
+    texts = {client: (one.texts, one.tokens) for client, one in sizes.items()}
+    asked = {client: one.taught for client, one in sizes.items()} if config.task == "causal_lm" else None
     return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0, asked)
-
-
-def _asked(config: Config, environments: Mapping[ClientId, ClientEnv]) -> dict[ClientId, int] | None:
-    """Response tokens of each client's texts, for a language model."""
-    if config.task != "causal_lm":
-        return None
-    return {client: env.train.targets(range(len(env.train))) for client, env in environments.items()}
 
 
 def _bank(

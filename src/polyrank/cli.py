@@ -83,7 +83,7 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
     from polyrank.restart import reopen, restore
 
     if (remote := _remote_rows(run_folder)) is not None:
-        _go_through(*remote, "classification", as_json)
+        _go_through(*remote, as_json)
         return
     reopened = reopen(run_folder)
     for line in reopened.complaints:
@@ -102,7 +102,7 @@ def resume(run_folder: UnfinishedArgument, as_json: JsonOption = False) -> None:
     _go_through(conduct(experiment, reopened.folder, manifest), run_folder, rounds, task, as_json)
 
 
-def _remote_rows(path: Path) -> tuple[Iterator[dict[str, Any]], Path, int] | None:
+def _remote_rows(path: Path) -> tuple[Iterator[dict[str, Any]], Path, int, str] | None:
     """The rows of an unfinished run over a network, or None where clients are simulated."""
     from polyrank import durable
     from polyrank.export import read_config
@@ -115,7 +115,7 @@ def _remote_rows(path: Path) -> tuple[Iterator[dict[str, Any]], Path, int] | Non
         return None
     from polyrank.cli_network import resume_remote
 
-    return resume_remote(config, path)
+    return *resume_remote(config, path), config.task
 
 
 def _go_through(rows: Iterator[dict[str, Any]], path: Path, rounds: int, task: str, as_json: bool) -> None:

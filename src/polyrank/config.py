@@ -233,14 +233,13 @@ class Config(Schema):
         """Refuse what would need the sites' texts on the server."""
         if self.engine.kind != "flare":
             return self
-        if self.task != "classification":
-            raise InputError("task", self.task, "must be 'classification' for engine.kind = 'flare' as yet")
-        if self.data.test is None or self.data.labels is None:
-            key, value = ("data.test", None) if self.data.test is None else ("data.labels", None)
-            allowed = (
-                "must be given for engine.kind = 'flare': the server reads test texts only, never a site's"
-            )
-            raise InputError(key, value, allowed)
+        given: dict[str, object] = {"data.test": self.data.test}
+        if self.task == "classification":
+            given["data.labels"] = self.data.labels
+        for key, value in given.items():
+            if value is None:
+                allowed = "must be given for engine.kind = 'flare': it reads test texts, never a site's"
+                raise InputError(key, value, allowed)
         if self.partition.kind != "natural":
             allowed = "must be 'natural' for engine.kind = 'flare': every site has its own texts"
             raise InputError("partition.kind", self.partition.kind, allowed)

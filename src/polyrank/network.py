@@ -21,6 +21,7 @@ from nvflare.collab.api.exceptions import RunAborted
 from pydantic import ValidationError
 
 from polyrank.config import Flare
+from polyrank.data.tokens import TextSizes
 from polyrank.engine.base import Client
 from polyrank.engine.flare import FlareEngine
 from polyrank.errors import InputError, RunError, first_line, printable
@@ -128,7 +129,7 @@ class Sites:
     folder: RunFolder
     deadline_s: float
 
-    def open(self, terms: Terms) -> tuple[FlareEngine, Mapping[ClientId, tuple[int, int]]]:
+    def open(self, terms: Terms) -> tuple[FlareEngine, Mapping[ClientId, TextSizes]]:
         """Ask every site to join; a run begins with all its sites, and goes on with those that are there.
 
         Raises: InputError when a site does not agree.
@@ -149,7 +150,8 @@ class Sites:
         population = [Client(name, row["num_examples"]) for name, row in rows.items()]
         proxies = {name: self.proxies[name] for name in here}
         engine = FlareEngine(population, proxies, self.deadline_s, RunAborted)
-        return engine, {name: (row["num_examples"], row["num_tokens"]) for name, row in rows.items()}
+        keys = ("num_examples", "num_tokens", "num_taught")
+        return engine, {name: TextSizes(*(row[key] for key in keys)) for name, row in rows.items()}
 
     def _join(self, name: ClientId, terms: Terms, registered: Mapping[str, Any]) -> Joined | str:
         """What the site says of itself, or why it does not take part."""

@@ -10,27 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from polyrank.client import handle
 from polyrank.clock import session_size, workload
 from polyrank.cost import memory_bytes
-from polyrank.data.source import load_texts
+from polyrank.data.instructions import KNOWN, tokenize_instructions
+from polyrank.data.source import load_responses, load_texts
 from polyrank.data.source import read_table as read_file
-from polyrank.data.texts import Data, TextColumns, Texts
+from polyrank.data.texts import Data, TextColumns, Texts, check_columns
 from polyrank.data.tokens import tokenize
 from polyrank.errors import InputError, choices
 from polyrank.messages import ClientId, Task, TrainTask
-from polyrank.models.load import PACKAGED, BaseModel, load_base, pick_device
+from polyrank.models.load import PACKAGED, BaseModel, TaskName, load_base, pick_device
 from polyrank.models.prefix import can_skip, temporary_cache
 from polyrank.models.shape import shape_of
+from polyrank.models.speaker import Bits, load_speaker
 from polyrank.schema import Schema
 from polyrank.seed import seed_for
 from polyrank.session import ClientEnv, ClientError
@@ -56,6 +58,20 @@ class SiteData(Schema):
     """A .csv, .tsv, .parquet or .jsonl file; a relative path counts from the table's folder."""
     text: TextColumns | str = ("text",)
     label: str = "label"
+    prompt: TextColumns | str | None = None
+    """For a language model; without any of these, the columns are found by their usual names."""
+    response: str | None = None
+    messages: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        check_columns(self.prompt, self.response, self.messages)
+        return self
+
+    @property
+    def columns(self) -> Data:
+        """The same as a run has it."""
+        return Data(**self.model_dump())
 
 
 class Limits(Schema):
@@ -92,6 +108,7 @@ class Terms(Schema):
         holdout_share: share of a site's texts that it keeps aside for evaluation.
     """
 
+    task: TaskName = "classification"
     model: str
     digest: str
     tokenizer: str
@@ -99,6 +116,7 @@ class Terms(Schema):
     seed: int
     max_length: int
     base_dtype: Literal["fp32", "bf16"] = "fp32"
+    quantize: Bits | None = None
     prefix_dtype: Literal["fp32", "bf16"] = "fp32"
     holdout_share: float = 0.0
 
@@ -108,12 +126,14 @@ class Joined(Schema):
 
     Args:
         num_tokens: of the train texts.
+        num_taught: labels of these, or tokens of responses.
         pid: of the process that answers.
         loads: how often that process has loaded the base model.
     """
 
     num_examples: Count
     num_tokens: Count
+    num_taught: Count
     num_holdout: int
     device: str
     threads: int
@@ -141,7 +161,7 @@ class Site:
         env, device = self.env, self.env.model.device
         kept = 0 if env.holdout is None else len(env.holdout)
         shown = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
-        told = (len(env.train), int(env.train.starts[-1]), kept, shown, self.table.threads, os.getpid())
+        told = (*env.train.sizes, kept, shown, self.table.threads, os.getpid())
         return Joined.model_validate(dict(zip(Joined.model_fields, (*told, self.loads), strict=True)))
 
     def answer(self, request: bytes) -> bytes:
@@ -157,11 +177,11 @@ class Site:
         return handle(request, self.env)
 
     def _environment(self, name: ClientId, terms: Terms) -> ClientEnv:
-        texts = read_texts(self.table.data, terms.labels)  # a defect is told before a model is loaded
+        texts = read_texts(self.table.data, terms)  # a defect is told before a model is loaded
         wanted = self.table.model
         shown, device = Path(wanted.name).name, pick_device(self.table.device)  # no path leaves the site
         try:
-            model = load_base(wanted.name, terms.labels, terms.seed, device, terms.base_dtype)
+            model = _load(wanted.name, terms, device)
         except InputError as error:
             raise InputError(error.key, shown, error.allowed.replace(wanted.name, shown)) from None
         self.loads += 1
@@ -171,7 +191,8 @@ class Site:
         agree("model.name", model.digest, terms.digest, f"base model {terms.model}")
         agree("model.name", tokenizer_digest(model.tokenizer), terms.tokenizer, f"tokenizer of {terms.model}")
         train, holdout = kept_aside(len(texts), terms, name)
-        encoded = tokenize(texts, model.tokenizer, terms.max_length)
+        encode = tokenize if terms.task == "classification" else tokenize_instructions
+        encoded = encode(texts, model.tokenizer, terms.max_length)
         cache = temporary_cache(self.table.prefix_gb, terms.prefix_dtype)
         aside = encoded.select(holdout) if holdout else None
         return ClientEnv(model, encoded.select(train), aside, list(model.folded), cache)
@@ -194,14 +215,23 @@ def read_table(path: Path, device: str | None = None) -> SiteTable:
     return table.model_copy(update={"data": table.data.model_copy(update={"source": source})})
 
 
-def read_texts(data: SiteData, labels: tuple[str, ...]) -> Texts:
-    """The site's texts, under the labels of the run.
+def _load(name: str, terms: Terms, device: torch.device) -> BaseModel:
+    """The base model of a run, as the site's table names it."""
+    if terms.task == "causal_lm":
+        return load_speaker(name, device, terms.base_dtype, terms.quantize)
+    return load_base(name, terms.labels, terms.seed, device, terms.base_dtype)
+
+
+def read_texts(data: SiteData, terms: Terms) -> Texts:
+    """The site's texts, under the labels of the run, or with their responses.
 
     Raises: InputError when the file, a column or a label is not as it should be.
     """
-    columns = Data(source=data.source, text=data.text, label=data.label)
+    path, key = Path(data.source), "data.source"
     try:
-        return load_texts(Path(data.source), "data.source", columns, labels)
+        if terms.task == "causal_lm":
+            return load_responses(path, key, data.columns)
+        return load_texts(path, key, data.columns, terms.labels)
     except InputError as error:
         if error.value != data.source:
             raise
@@ -209,16 +239,24 @@ def read_texts(data: SiteData, labels: tuple[str, ...]) -> Texts:
 
 
 def check_readable(table: SiteTable) -> None:
-    """Say what is wrong with the data before the server is asked; labels are checked later, against its own.
+    """Say what is wrong with the data before the server is asked; what the run is about it tells later.
 
     Raises: InputError when the file or one of its columns is not there.
     """
     data = table.data
-    wanted = [data.text] if isinstance(data.text, str) else [*data.text]
     found = read_file(Path(data.source), "data.source").column_names
-    for key, name in [*(("data.text", name) for name in wanted), ("data.label", data.label)]:
+    named = {"data.prompt": data.prompt, "data.response": data.response, "data.messages": data.messages}
+    spoken = [(key, name) for key, columns in named.items() for name in _names(columns)]
+    if not spoken and any(set(columns.names) <= set(found) for columns in KNOWN):
+        return
+    plain = [*(("data.text", name) for name in data.columns.text_columns), ("data.label", data.label)]
+    for key, name in spoken or plain:
         if name not in found:
             raise InputError(key, name, f"no such column; {choices(name, found)}")
+
+
+def _names(columns: TextColumns | str | None) -> Sequence[str]:
+    return [columns] if isinstance(columns, str) else columns or ()
 
 
 def kept_aside(count: int, terms: Terms, name: ClientId) -> tuple[list[int], list[int]]:

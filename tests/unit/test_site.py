@@ -8,12 +8,13 @@ import pytest
 
 from polyrank.assemble import prepare
 from polyrank.client import handle
+from polyrank.data.tokens import TextSizes
 from polyrank.engine.base import Client
 from polyrank.engine.flare import FlareEngine
 from polyrank.errors import InputError
 from polyrank.round import federated_round, make_task
 from polyrank.session import ClientError
-from polyrank.site import Site, SiteTable, kept_aside, read_table, tokenizer_digest
+from polyrank.site import Site, SiteTable, check_readable, kept_aside, read_table, tokenizer_digest
 from polyrank.wire import WireError, encode_task
 from tests.site_runs import MIXED, SITES, make_sites, site_config
 from tests.small_runs import small_config
@@ -32,8 +33,8 @@ def config_of(folder, engine, method="plain", *more):
 class Direct:
     """The network without a network: each site in this process, reached by a call."""
 
-    def __init__(self, folder):
-        self.sites = {name: Site(read_table(folder / name / "site.toml")) for name in SITES}
+    def __init__(self, folder, table="site.toml"):
+        self.sites = {name: Site(read_table(folder / name / table)) for name in SITES}
 
     def open(self, terms):
         self.terms = terms
@@ -42,17 +43,29 @@ class Direct:
         engine = FlareEngine(
             population, {n: lambda *, timeout, s=s: s for n, s in self.sites.items()}, 9.0, OSError
         )
-        return engine, {name: (one.num_examples, one.num_tokens) for name, one in joined.items()}
+        sizes = {n: TextSizes(one.num_examples, one.num_tokens, one.num_taught) for n, one in joined.items()}
+        return engine, sizes
 
 
-@pytest.mark.parametrize("method", ["voting", "mixed"])
-def test_sites_with_their_own_files_give_the_bits_of_the_embedded_engine(folder, method):
-    more = MIXED if method == "mixed" else ()
-    name = "plain" if method == "mixed" else method
-    runs = []
+EDGE = ("fleet.name=edge3", "fleet.ignore_memory=true")
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("voting", ()),
+        ("plain", MIXED),
+        ("plain", ("method=legend", *EDGE)),
+        ("causal", MIXED),
+        ("causal", ("method=legend", *EDGE)),
+    ],
+    ids=["voting", "mixed", "legend", "causal-mixed", "causal-legend"],
+)
+def test_sites_with_their_own_files_give_the_bits_of_the_embedded_engine(folder, name, more):
+    runs, table = [], "speaker.toml" if name == "causal" else "site.toml"
     for engine in ("embedded", "flare"):
         experiment = prepare(
-            config_of(folder, engine, name, *more), Direct(folder) if engine == "flare" else None
+            config_of(folder, engine, name, *more), Direct(folder, table) if engine == "flare" else None
         )
         state, records = experiment.start, []
         for _ in range(3):
@@ -62,10 +75,12 @@ def test_sites_with_their_own_files_give_the_bits_of_the_embedded_engine(folder,
     (here, told), (there, same) = runs
     assert told == same
     assert list(here.clients) == list(SITES)
-    for name, factors in here.adapter.modules.items():
-        assert factors.B.equal(there.adapter.modules[name].B)
-        assert factors.A.equal(there.adapter.modules[name].A)
+    for module, factors in here.adapter.modules.items():
+        assert factors.B.equal(there.adapter.modules[module].B)
+        assert factors.A.equal(there.adapter.modules[module].A)
     assert all(value.equal(there.head[name]) for name, value in here.head.items())
+    assert here.adapter.num_parameters() > 0
+    assert here.clients == there.clients  # what devices are taken for, response tokens included
 
 
 def test_the_base_model_is_loaded_once_however_often_a_site_joins(folder):
@@ -115,6 +130,18 @@ def test_what_a_site_tells_of_a_missing_file_holds_no_path(folder):
     line = refused(folder, "data.source", data__source=str(folder / "site-a" / "gone.csv"))
     assert "gone.csv" in line
     assert str(folder) not in line
+
+
+def test_prompts_and_responses_are_found_or_named_before_the_server_is_asked(folder):
+    path = folder / "site-a" / "speaker.toml"
+    check_readable(read_table(path))
+    named = folder / "site-a" / "named.toml"
+    named.write_text(path.read_text() + 'prompt = "question"\nresponse = "reply"\n')
+    with pytest.raises(InputError, match="data.response = 'reply': no such column"):
+        check_readable(read_table(named))
+    named.write_text(path.read_text() + 'prompt = "question"\n')
+    with pytest.raises(InputError, match="data.prompt and data.response go together"):
+        read_table(named)
 
 
 def test_the_pinned_hash_is_the_one_of_the_weight_file(folder):

@@ -113,6 +113,19 @@ def load_texts(path: Path, key: str, data: Data, names: Sequence[str]) -> Texts:
     return _texts(table, data, names, None, by_name=_are_names(table, data, names))
 
 
+def load_responses(path: Path, key: str, data: Data) -> Texts:
+    """All prompts of one file with their responses.
+
+    Args:
+        key: what the path is called where it was given.
+        data: names the columns.
+
+    Raises: InputError as `load_instructions`.
+    """
+    turns, responses = _instructions(read_table(path, key), data)
+    return Texts(turns, responses, [0] * len(turns))
+
+
 def read_table(path: Path, key: str) -> pa.Table:
     """One file as an Arrow table.
 

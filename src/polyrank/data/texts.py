@@ -48,15 +48,20 @@ class Data(Schema):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError("data.prompt and data.response go together")
-        if self.messages is not None and self.prompt is not None:
-            raise ValueError("data.messages goes without data.prompt and data.response")
+        check_columns(self.prompt, self.response, self.messages)
         return self
 
     @property
     def text_columns(self) -> tuple[str, ...]:
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+
+def check_columns(prompt: object, response: object, messages: object) -> None:
+    """Raises: ValueError when columns of a language model's texts are named by halves, or in two ways."""
+    if (prompt is None) != (response is None):
+        raise ValueError("data.prompt and data.response go together")
+    if messages is not None and prompt is not None:
+        raise ValueError("data.messages goes without data.prompt and data.response")
 
 
 @dataclass(frozen=True, slots=True)

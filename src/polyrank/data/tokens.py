@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polyrank.data.texts import Texts
+
+
+class TextSizes(NamedTuple):
+    """How much text a client has: examples, their tokens, and what they teach (labels or response tokens)."""
+
+    texts: int
+    tokens: int
+    taught: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,11 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def sizes(self) -> TextSizes:
+        """All of it in numbers."""
+        return TextSizes(len(self), int(self.starts[-1]), self.targets(range(len(self))))
 
     @property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
