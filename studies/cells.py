@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,22 @@ def arguments(about: str) -> argparse.Namespace:
 
 def run_cells(cells: Cells, out: Path, workers: int) -> dict[str, dict[str, Any]]:
     """The summaries of all cells by name; a cell whose summary is there already is not run again."""
+    for _ in finished(cells, out, workers):
+        pass
+    return {name: json.loads((out / name / "summary.json").read_text()) for name in cells}
+
+
+def finished(cells: Cells, out: Path, workers: int) -> Iterator[str]:
+    """The names of all cells: first of those that are done already, then of the others as they are."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     todo = [name for name in cells if not (out / name / "summary.json").exists()]
+    yield from (name for name in cells if name not in todo)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(run_cell, name, dict(cells[name]), out / name) for name in todo]
-        for done, job in enumerate(jobs, 1):
+        jobs = {pool.submit(run_cell, name, dict(cells[name]), out / name): name for name in todo}
+        for done, job in enumerate(as_completed(jobs), 1):
             print(f"{done}/{len(jobs)} {job.result()}", flush=True)
-    return {name: json.loads((out / name / "summary.json").read_text()) for name in cells}
+            yield jobs[job]
 
 
 def run_cell(name: str, given: dict[str, Any], folder: Path) -> str:

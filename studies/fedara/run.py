@@ -3,8 +3,9 @@
     python -m studies.fedara.run --data DATA --out OUT
 
 100 clients, 10 a round, 12 slots on every linear map, shrunk to 4 or to 2. The learning rate of each
-method is the best of a small grid on texts that no test uses. Cells that are done are not run again, so that
-the study may be stopped at any time. Writes tables.md into OUT. ``--full`` is the size for a GPU.
+method is the best of a small grid on texts that no test uses. Finished cells are recorded beside this file
+and not run again, so that the study may be stopped at any time. Writes tables.md into OUT. ``--full`` is the
+size for a GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from studies.cells import run_cells
 from studies.fedara.arms import FULL, RATES, SMALL, TUNED_ON, Given, Setting, arms, config, switches
 from studies.fedara.tables import tables
+from studies.records import recorded
 
 TUNING_SEED = 1_000
 
@@ -27,8 +28,7 @@ def main() -> None:
     cells = dict(planned(given.data, settings, rates))
     if given.only:
         cells = {name: cell for name, cell in cells.items() if name.startswith(tuple(given.only))}
-    run_cells(cells, given.out, given.workers)
-    lines = tables(given.out, cells, rates)
+    lines = tables(recorded(cells, given.out, given.workers, records_of(given)), rates)
     (given.out / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -41,6 +41,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="100 rounds and 5 seeds everywhere")
     parser.add_argument("--only", nargs="+", help="cells whose names begin so, e.g. banking77/dirichlet-0.1")
     return parser.parse_args()
+
+
+def records_of(given: argparse.Namespace) -> Path:
+    """Where finished cells are recorded."""
+    return Path(__file__).with_name("records-full.jsonl" if given.full else "records.jsonl")
 
 
 def tune(given: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[str, dict[float, float]]:
@@ -57,10 +62,10 @@ def tune(given: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[str
         name: config(source, data, partition, TUNING_SEED, arms(setting.rounds)[arm], rate, setting)
         for (arm, rate), name in names.items()
     }
-    found = run_cells(cells, given.out, given.workers)
+    found = recorded(cells, given.out, given.workers, records_of(given))
     table: dict[str, dict[float, float]] = {}
     for (arm, rate), name in names.items():
-        table.setdefault(arm, {})[rate] = found[name]["test_accuracy"]
+        table.setdefault(arm, {})[rate] = found[name].accuracy
     return table | {"fedara-2": table["fedara-4"]}
 
 

@@ -1,58 +1,29 @@
-"""The tables of the FedARA study, from its run folders alone."""
+"""The tables of the FedARA study, from the records of its cells alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
-from typing import Any
 
-from studies.cells import mean_sd, paired, rounds_of
+from studies.cells import mean_sd, paired
 from studies.fedara.arms import switches
+from studies.records import Record
 
 BASE = "fedit"
 OURS = ("fedara-4", "fedara-2")
 WEAK, STRONG = ("fedit", "ffa", "fedadapter"), ("slora", "federa", "fedadalora", "fedsvd")
 """Our reading of the paper's two groups of baselines, which its abstract does not name."""
-Rows = Sequence[Mapping[str, Any]]
-Group = dict[str, dict[int, "Cell"]]
+Group = dict[str, dict[int, Record]]
 """The cells of one data set and partition by arm and seed."""
 
 
-class Cell:
-    """One finished run: its rows, and what follows from them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: Rows = list(rounds_of(folder))
-        self.summary: Mapping[str, Any] = json.loads((folder / "summary.json").read_text())
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.summary["test_accuracy"])
-
-    @property
-    def megabytes(self) -> float:
-        return sum(row["bytes_down"] + row["bytes_up"] for row in self.rows) / 1e6
-
-    def megabytes_to(self, target: float) -> float | None:
-        """Traffic until a scored round first reaches an accuracy; None where none does."""
-        spent = 0.0
-        for row in self.rows:
-            spent += (row["bytes_down"] + row["bytes_up"]) / 1e6
-            if row.get("test_accuracy", 0.0) >= target:
-                return spent
-        return None
-
-
-def tables(out: Path, names: Iterable[str], rates: Mapping[str, Mapping[float, float]]) -> list[str]:
-    """All tables; ``names`` are those of the finished cells, ``data/partition/arm/seed``."""
+def tables(found: Mapping[str, Record], rates: Mapping[str, Mapping[float, float]]) -> list[str]:
+    """All tables, of finished cells by name: ``data/partition/arm/seed``."""
     groups: dict[str, Group] = {}
-    for name in names:
+    for name, record in found.items():
         data, partition, arm, seed = name.split("/")
         group = groups.setdefault(f"{data}, {partition}", {})
-        group.setdefault(arm, {})[int(seed)] = Cell(out / name)
+        group.setdefault(arm, {})[int(seed)] = record
     lines = ["## Learning rates", "", *rate_table(rates), "", "## Over all settings", ""]
     lines += [*overall(groups), ""]
     for title, group in groups.items():
@@ -84,7 +55,7 @@ def setting_table(group: Group) -> list[str]:
     for arm, cells in group.items():
         if arm in switches():
             continue
-        slots = mean(cell.summary["active_slots"] for cell in cells.values())
+        slots = mean(cell.slots for cell in cells.values())
         size = mean(cell.megabytes for cell in cells.values())
         found = [str(len(cells)), accuracies(cells), over(group, arm, BASE), f"{slots:.0f}", f"{size:.1f}"]
         lines.append("| " + " | ".join([arm, *found, reached(cells, target)]) + " |")
@@ -101,7 +72,7 @@ def switch_table(group: Group) -> list[str]:
         if arm not in group:
             continue
         cells = group[arm]
-        slots = mean(cell.summary["active_slots"] for cell in cells.values())
+        slots = mean(cell.slots for cell in cells.values())
         size = mean(cell.megabytes for cell in cells.values())
         name = {OURS[0]: "(the default)", "fedsvd": "without dynamic ranks"}.get(arm, arm)
         gap = over(group, arm, OURS[0])
@@ -143,7 +114,7 @@ def to_target(groups: Mapping[str, Group], ours: str) -> str:
     return _ratio(groups, ours, lambda cell, target: cell.megabytes_to(target))
 
 
-def _ratio(groups: Mapping[str, Group], ours: str, of: Callable[[Cell, float], float | None]) -> str:
+def _ratio(groups: Mapping[str, Group], ours: str, of: Callable[[Record, float], float | None]) -> str:
     """FedIT's traffic over ours, pair by pair; how many pairs did not get there is said."""
     ratios, pairs = [], 0
     for group in groups.values():
@@ -156,7 +127,7 @@ def _ratio(groups: Mapping[str, Group], ours: str, of: Callable[[Cell, float], f
     return f"{mean(ratios):.2f} ({len(ratios)} of {pairs} pairs)" if ratios else "never"
 
 
-def accuracies(cells: Mapping[int, Cell]) -> str:
+def accuracies(cells: Mapping[int, Record]) -> str:
     return mean_sd([cells[seed].accuracy for seed in sorted(cells)])
 
 
@@ -168,7 +139,7 @@ def over(group: Group, arm: str, base: str) -> str:
     return paired([group[arm][s].accuracy for s in seeds], [group[base][s].accuracy for s in seeds])
 
 
-def reached(cells: Mapping[int, Cell], target: float) -> str:
+def reached(cells: Mapping[int, Record], target: float) -> str:
     """Mean traffic to a target over the seeds that reach it, and how many do."""
     found = [cells[seed].megabytes_to(target) for seed in sorted(cells)]
     there = [size for size in found if size is not None]

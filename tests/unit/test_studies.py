@@ -1,0 +1,78 @@
+"""What a study keeps of its cells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studies import records
+from studies.fedara.arms import SMALL, arms, config
+from studies.fedara.tables import tables
+from studies.records import Record, digest, made_of, read, recorded
+
+
+def cell(folder: Path, accuracy: float = 0.5) -> None:
+    folder.mkdir(parents=True)
+    rows = [{"bytes_down": 3, "bytes_up": 4}, {"bytes_down": 1, "bytes_up": 2, "test_accuracy": accuracy}]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"test_accuracy": accuracy, "active_slots": 9, "wall_s": 1.25}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_record_tells_bytes_and_when_a_target_was_reached(tmp_path):
+    cell(tmp_path / "one")
+    found = made_of("one", tmp_path / "one", "c0", "abc")
+    assert found.rounds == [(7, None), (3, 0.5)]
+    assert found.megabytes == pytest.approx(10e-6)
+    assert found.megabytes_to(0.5) == pytest.approx(10e-6)
+    assert found.megabytes_to(0.51) is None
+
+
+def test_recorded_cells_are_run_again_only_when_their_config_changes(tmp_path, monkeypatch):
+    ran: list[str] = []
+
+    def finished(cells, out, workers):
+        for name in cells:
+            ran.append(name)
+            cell(out / str(len(ran)) / name)
+            (out / name).symlink_to(out / str(len(ran)) / name) if not (out / name).exists() else None
+            yield name
+
+    monkeypatch.setattr(records, "finished", finished)
+    cells = {name: {"seed": seed, "data": {"source": "/here/x"}} for seed, name in enumerate("ab")}
+    path = tmp_path / "records.jsonl"
+    first = recorded(cells, tmp_path, 1, path)
+    moved = {name: {**one, "data": {"source": "/there/x"}} for name, one in cells.items()}
+    again = recorded(moved, tmp_path, 1, path)
+    assert ran == ["a", "b"]
+    assert {name: one.rounds for name, one in again.items()} == {
+        name: [list(pair) for pair in one.rounds] for name, one in first.items()
+    }
+    moved["b"]["seed"] = 7
+    recorded(moved, tmp_path, 1, path)
+    assert ran == ["a", "b", "b"]
+    assert read(path)["b"].config == digest(moved["b"])
+
+
+def test_the_tables_of_a_study_say_what_its_records_say():
+    found = {}
+    for place, arm in enumerate(arms(20)):
+        for seed in range(3):
+            name, accuracy = f"banking77/dirichlet-0.1/{arm}/{seed}", 0.5 + place / 100 + seed / 1000
+            rounds = [(2_000_000 - 100_000 * place, accuracy)]
+            found[name] = Record(name, "c", "abc", accuracy, 72, 1.0, rounds)
+    text = "\n".join(tables(found, {arm: {1e-3: 0.1, 3e-3: 0.2} for arm in arms(20)}))
+    assert "| fedara-4 | 3 | 0.571 (0.001) | +7.0 [+7.0, +7.0] | 72 | 1.3 | 1.3 |" in text
+    assert "| fedit | +7.0 (3 pairs) | +8.0 (3 pairs) |" in text
+    assert "| fedit | 0.100 | **0.200** |" in text
+
+
+def test_a_cell_names_every_key_that_a_config_knows(tmp_path):
+    from polyrank.config import make_config
+
+    for name, setting in SMALL.items():
+        for partition in setting.partitions:
+            for arm in arms(setting.rounds).values():
+                make_config(config(tmp_path / name, name, partition, 0, arm, 1e-3, setting))
