@@ -9,12 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from studies.cells import Cells, finished, rounds_of
+
+_ROUND_KEYS = ("test_accuracy", "simulated_s", "energy_j")
+
+
+class Round(NamedTuple):
+    """Bytes in both directions, test accuracy where it was scored, and what simulated devices took."""
+
+    bytes: int
+    accuracy: float | None
+    simulated_s: float | None
+    energy_j: float | None
+
+
+class Spent(NamedTuple):
+    """What some rounds took; seconds and joules of simulated devices, 0 where there are none."""
+
+    megabytes: float
+    simulated_s: float
+    energy_j: float
 
 
 @dataclass(frozen=True)
@@ -24,7 +43,7 @@ class Record:
     Args:
         config: digest of its config, without where the data lie.
         commit: of the code that ran it.
-        rounds: bytes in both directions and, where it was scored, test accuracy.
+        waiting_s: mean simulated seconds that a client waited for the slowest.
     """
 
     cell: str
@@ -33,20 +52,27 @@ class Record:
     accuracy: float
     slots: int
     wall_s: float
-    rounds: list[tuple[int, float | None]]
+    waiting_s: float | None
+    rounds: Sequence[Round]
 
     @property
     def megabytes(self) -> float:
-        return sum(size for size, _ in self.rounds) / 1e6
+        return _spent(self.rounds).megabytes
 
-    def megabytes_to(self, target: float) -> float | None:
-        """Traffic until a scored round first reaches an accuracy; None where none does."""
-        spent = 0.0
-        for size, accuracy in self.rounds:
-            spent += size / 1e6
-            if accuracy is not None and accuracy >= target:
-                return spent
+    def spent_to(self, target: float) -> Spent | None:
+        """What it took until a scored round first reached an accuracy; None where none does."""
+        for count, one in enumerate(self.rounds, 1):
+            if one.accuracy is not None and one.accuracy >= target:
+                return _spent(self.rounds[:count])
         return None
+
+
+def _spent(rounds: Sequence[Round]) -> Spent:
+    return Spent(
+        sum(one.bytes for one in rounds) / 1e6,
+        sum(one.simulated_s or 0.0 for one in rounds),
+        sum(one.energy_j or 0.0 for one in rounds),
+    )
 
 
 def recorded(cells: Cells, out: Path, workers: int, path: Path) -> dict[str, Record]:
@@ -66,15 +92,19 @@ def recorded(cells: Cells, out: Path, workers: int, path: Path) -> dict[str, Rec
 def read(path: Path) -> dict[str, Record]:
     """All records of a file; of two of one cell the later."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["cell"]: Record(**row) for row in map(json.loads, lines)}
+    rows = [json.loads(line) for line in lines]
+    return {row["cell"]: Record(**{**row, "rounds": [Round(*one) for one in row["rounds"]]}) for row in rows}
 
 
 def made_of(name: str, folder: Path, config: str, commit: str) -> Record:
     """The record of a run folder."""
     summary = json.loads((folder / "summary.json").read_text())
-    rounds = [(row["bytes_down"] + row["bytes_up"], row.get("test_accuracy")) for row in rounds_of(folder)]
+    rounds = [
+        Round(row["bytes_down"] + row["bytes_up"], *(row.get(key) for key in _ROUND_KEYS))
+        for row in rounds_of(folder)
+    ]
     scores = summary["test_accuracy"], summary["active_slots"], round(summary["wall_s"], 1)
-    return Record(name, config, commit, *scores, rounds)
+    return Record(name, config, commit, *scores, summary.get("waiting_s"), rounds)
 
 
 def digest(config: Mapping[str, Any]) -> str:

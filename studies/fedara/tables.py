@@ -111,7 +111,12 @@ def total(groups: Mapping[str, Group], ours: str) -> str:
 
 
 def to_target(groups: Mapping[str, Group], ours: str) -> str:
-    return _ratio(groups, ours, lambda cell, target: cell.megabytes_to(target))
+    return _ratio(groups, ours, _traffic_to)
+
+
+def _traffic_to(cell: Record, target: float) -> float | None:
+    spent = cell.spent_to(target)
+    return None if spent is None else spent.megabytes
 
 
 def _ratio(groups: Mapping[str, Group], ours: str, of: Callable[[Record, float], float | None]) -> str:
@@ -141,7 +146,7 @@ def over(group: Group, arm: str, base: str) -> str:
 
 def reached(cells: Mapping[int, Record], target: float) -> str:
     """Mean traffic to a target over the seeds that reach it, and how many do."""
-    found = [cells[seed].megabytes_to(target) for seed in sorted(cells)]
+    found = [_traffic_to(cells[seed], target) for seed in sorted(cells)]
     there = [size for size in found if size is not None]
     if not there:
         return "never"

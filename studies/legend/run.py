@@ -5,16 +5,19 @@ round, MiniLM on SST-2, MNLI and QQP. Every arm meets the same clients, devices,
 
     python -m studies.legend.run --data DATA --out OUT [--seeds 3]
 
-Writes tables.md into OUT; `studies.legend.preliminary` holds the questions that LEGEND starts from.
+Finished cells are recorded beside this file and not run again; means to a target are over the seeds that got
+there. Writes tables.md into OUT; `studies.legend.preliminary` holds the questions that LEGEND starts from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from studies.cells import arguments, mean_sd, paired, rounds_of, run_cells
+from studies.cells import arguments, mean_sd, paired
+from studies.records import Record, recorded
 
 ROUNDS = 20
 DATA = {"sst2": "text", "mnli": ["text_a", "text_b"], "qqp": ["text_a", "text_b"]}
@@ -64,30 +67,17 @@ def config(folder: Path, seed: int, arm: dict[str, Any]) -> dict[str, Any]:
     return {**common, **arm}
 
 
-def reached(folder: Path, target: float) -> dict[str, float]:
-    """Simulated seconds, megabytes, joules and rounds to a target accuracy; infinite where it stays out."""
-    spent = dict.fromkeys(("simulated_s", "MB", "energy_j", "rounds"), 0.0)
-    for row in rounds_of(folder):
-        spent["simulated_s"] += row["simulated_s"]
-        spent["MB"] += (row["bytes_down"] + row["bytes_up"]) / 1e6
-        spent["energy_j"] += row["energy_j"]
-        spent["rounds"] += 1
-        if row.get("test_accuracy", 0.0) >= target:
-            return spent
-    return dict.fromkeys(spent, float("inf"))
-
-
-def target_of(summaries: list[dict[str, Any]]) -> float:
+def target_of(base: Sequence[Record]) -> float:
     """What the plain baseline has at the end, less one point: a target that it reaches itself, mostly."""
-    return mean(summary["test_accuracy"] for summary in summaries) - 0.01
+    return mean(one.accuracy for one in base) - 0.01
 
 
-def table(data: str, out: Path, names: dict[tuple[str, str, int], str], summaries: Any) -> list[str]:
+def table(data: str, found: Mapping[tuple[str, str, int], Record]) -> list[str]:
     """One data set: what each arm reached and what it took, beside the baseline under the same seeds."""
-    seeds = sorted({seed for name, _, seed in names if name == data})
-    of = {arm: [summaries[names[data, arm, seed]] for seed in seeds] for arm in arms()}
+    seeds = sorted({seed for name, _, seed in found if name == data})
+    of = {arm: [found[data, arm, seed] for seed in seeds] for arm in arms()}
     target = target_of(of[BASE])
-    base = [reached(out / names[data, BASE, seed], target)["simulated_s"] for seed in seeds]
+    base = [one.spent_to(target) for one in of[BASE]]
     lines = [
         f"\n## {data}, target {target:.3f}\n",
         "| arm | accuracy (sd) | points over baseline [95 %] | seeds at target | simulated s to target "
@@ -95,21 +85,31 @@ def table(data: str, out: Path, names: dict[tuple[str, str, int], str], summarie
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, cells in of.items():
-        accuracy = [cell["test_accuracy"] for cell in cells]
-        gap = "" if arm == BASE else paired(accuracy, [cell["test_accuracy"] for cell in of[BASE]])
-        found = [reached(out / names[data, arm, seed], target) for seed in seeds]
-        there = [one["simulated_s"] < float("inf") for one in found]
-        seconds, megabytes, kilojoules, faster = "not reached", "", "", ""
-        if all(there):
-            seconds = f"{mean(one['simulated_s'] for one in found):.1f}"
-            megabytes = f"{mean(one['MB'] for one in found):.1f}"
-            kilojoules = f"{mean(one['energy_j'] for one in found) / 1e3:.2f}"
-            faster = f"{mean(b / one['simulated_s'] for b, one in zip(base, found, strict=True)):.2f}x"
-        total = mean((cell["bytes_down"] + cell["bytes_up"]) / 1e6 for cell in cells)
-        lines.append(
-            f"| {arm} | {mean_sd(accuracy)} | {gap} | {sum(there)} of {len(seeds)} | {seconds} | {faster} "
-            f"| {megabytes} | {kilojoules} | {mean(cell['waiting_s'] for cell in cells):.2f} | {total:.1f} |"
-        )
+        accuracy = [one.accuracy for one in cells]
+        gap = "" if arm == BASE else paired(accuracy, [one.accuracy for one in of[BASE]])
+        spent = [one.spent_to(target) for one in cells]
+        there = [one for one in spent if one is not None]
+        ratios = [
+            b.simulated_s / one.simulated_s
+            for b, one in zip(base, spent, strict=True)
+            if b is not None and one is not None
+        ]
+        took = ["never", "", "", ""]
+        if there:
+            took = [f"{mean(one.simulated_s for one in there):.1f}", f"{mean(ratios):.2f}x" if ratios else ""]
+            took += [f"{mean(one.megabytes for one in there):.1f}"]
+            took += [f"{mean(one.energy_j for one in there) / 1e3:.2f}"]
+        waiting, size = mean(one.waiting_s or 0.0 for one in cells), mean(one.megabytes for one in cells)
+        row = [
+            arm,
+            mean_sd(accuracy),
+            gap,
+            f"{len(there)} of {len(seeds)}",
+            *took,
+            f"{waiting:.2f}",
+            f"{size:.1f}",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
     return lines
 
 
@@ -117,14 +117,15 @@ def main() -> None:
     given = arguments(__doc__ or "")
     seeds = range(given.seeds or 3)
     names = {
-        (data, arm, seed): f"{data}-{arm.replace(' ', '_').replace(',', '')}-{seed}"
-        for data in DATA
+        (data, arm, seed): f"{data}/{arm.replace(' ', '_').replace(',', '')}/{seed}"
         for seed in seeds
+        for data in DATA
         for arm in arms()
     }
     cells = {name: config(given.data / data, seed, arms()[arm]) for (data, arm, seed), name in names.items()}
-    summaries = run_cells(cells, given.out, given.workers)
-    lines = [line for data in DATA for line in table(data, given.out, names, summaries)]
+    records = recorded(cells, given.out, given.workers, Path(__file__).with_name("records.jsonl"))
+    found = {key: records[name] for key, name in names.items()}
+    lines = [line for data in DATA for line in table(data, found)]
     (given.out / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

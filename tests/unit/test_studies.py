@@ -10,12 +10,16 @@ import pytest
 from studies import records
 from studies.fedara.arms import SMALL, arms, config
 from studies.fedara.tables import tables
-from studies.records import Record, digest, made_of, read, recorded
+from studies.legend import run as legend
+from studies.records import Record, Round, digest, made_of, read, recorded
 
 
 def cell(folder: Path, accuracy: float = 0.5) -> None:
     folder.mkdir(parents=True)
-    rows = [{"bytes_down": 3, "bytes_up": 4}, {"bytes_down": 1, "bytes_up": 2, "test_accuracy": accuracy}]
+    rows = [
+        {"bytes_down": 3, "bytes_up": 4, "simulated_s": 1.5},
+        {"bytes_down": 1, "bytes_up": 2, "simulated_s": 2.5, "test_accuracy": accuracy},
+    ]
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"test_accuracy": accuracy, "active_slots": 9, "wall_s": 1.25}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -24,10 +28,10 @@ def cell(folder: Path, accuracy: float = 0.5) -> None:
 def test_a_record_tells_bytes_and_when_a_target_was_reached(tmp_path):
     cell(tmp_path / "one")
     found = made_of("one", tmp_path / "one", "c0", "abc")
-    assert found.rounds == [(7, None), (3, 0.5)]
+    assert found.rounds == [(7, None, 1.5, None), (3, 0.5, 2.5, None)]
     assert found.megabytes == pytest.approx(10e-6)
-    assert found.megabytes_to(0.5) == pytest.approx(10e-6)
-    assert found.megabytes_to(0.51) is None
+    assert found.spent_to(0.5) == pytest.approx((10e-6, 4.0, 0.0))
+    assert found.spent_to(0.51) is None
 
 
 def test_recorded_cells_are_run_again_only_when_their_config_changes(tmp_path, monkeypatch):
@@ -47,9 +51,7 @@ def test_recorded_cells_are_run_again_only_when_their_config_changes(tmp_path, m
     moved = {name: {**one, "data": {"source": "/there/x"}} for name, one in cells.items()}
     again = recorded(moved, tmp_path, 1, path)
     assert ran == ["a", "b"]
-    assert {name: one.rounds for name, one in again.items()} == {
-        name: [list(pair) for pair in one.rounds] for name, one in first.items()
-    }
+    assert again == first
     moved["b"]["seed"] = 7
     recorded(moved, tmp_path, 1, path)
     assert ran == ["a", "b", "b"]
@@ -61,12 +63,26 @@ def test_the_tables_of_a_study_say_what_its_records_say():
     for place, arm in enumerate(arms(20)):
         for seed in range(3):
             name, accuracy = f"banking77/dirichlet-0.1/{arm}/{seed}", 0.5 + place / 100 + seed / 1000
-            rounds = [(2_000_000 - 100_000 * place, accuracy)]
-            found[name] = Record(name, "c", "abc", accuracy, 72, 1.0, rounds)
+            rounds = [Round(2_000_000 - 100_000 * place, accuracy, 9.0 - place, 2e3)]
+            found[name] = Record(name, "c", "abc", accuracy, 72, 1.0, 0.5, rounds)
     text = "\n".join(tables(found, {arm: {1e-3: 0.1, 3e-3: 0.2} for arm in arms(20)}))
     assert "| fedara-4 | 3 | 0.571 (0.001) | +7.0 [+7.0, +7.0] | 72 | 1.3 | 1.3 |" in text
     assert "| fedit | +7.0 (3 pairs) | +8.0 (3 pairs) |" in text
     assert "| fedit | 0.100 | **0.200** |" in text
+
+
+def test_the_table_of_legend_counts_the_seeds_that_got_there():
+    found = {}
+    for place, arm in enumerate(legend.arms()):
+        for seed in range(3):
+            rounds = [Round(10**6, 0.1, 4.0, 1e3), Round(10**6, 0.7 + seed / 100, 4.0 / (1 + place), 1e3)]
+            found["sst2", arm, seed] = Record("x", "c", "abc", rounds[1].accuracy, 72, 1.0, 0.5, rounds)
+    lines = legend.table("sst2", found)
+    assert lines[0] == "\n## sst2, target 0.700\n"
+    assert lines[3].startswith(
+        "| fedit, no limits | 0.710 (0.010) |  | 3 of 3 | 8.0 | 1.00x | 2.0 | 2.00 | 0.50 |"
+    )
+    assert "| +0.0 [+0.0, +0.0] | 3 of 3 | 6.0 | 1.33x |" in lines[4]
 
 
 def test_a_cell_names_every_key_that_a_config_knows(tmp_path):
