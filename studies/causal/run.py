@@ -1,7 +1,8 @@
-"""Fine-tuning a small language model on GSM8K: five federated methods against central training, same steps.
+"""Fine-tuning a small language model on GSM8K: five federated methods against central training, same texts.
 
-20 clients (iid), 10 per round, devices of three classes. One client that holds all texts takes as many steps
-as a whole cohort together. Response perplexity on the test questions.
+20 clients (iid), 10 per round, devices of three classes. Central training is one client that holds all texts
+and sees as many of them: ``central`` takes as many steps as a whole cohort together, ``central, wide`` as many
+as each client, with the batches of all of them in one. Response perplexity on the test questions.
 
     python -m studies.causal.pretrain --data DATA --out MODEL --minutes 5
     python -m studies.causal.run --data DATA --out OUT --model MODEL
@@ -16,7 +17,7 @@ from typing import Any
 
 from studies.cells import mean_sd, run_cells
 
-ROUNDS, COHORT, STEPS, RANK = 30, 10, 5, 8
+ROUNDS, COHORT, STEPS, BATCH, RANK = 20, 10, 4, 4, 8
 TIERS = [
     {"rank": rank, "device": device} for rank, device in ((2, "raspberry-pi-5"), (4, "jetson-orin-nano"))
 ]
@@ -24,6 +25,7 @@ MIXED = {"kind": "tiers", "tiers": [*TIERS, {"rank": RANK, "device": "jetson-agx
 SVD = {"form": "svd", "rank": RANK, "targets": "all-linear"}
 ARMS: dict[str, dict[str, Any]] = {
     "central": {"method": "fedit"},
+    "central, wide": {"method": "fedit"},
     "fedit": {"method": "fedit"},
     "replication": {"method": "replication", "allocation": MIXED},
     "legend": {"method": "legend"},
@@ -39,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def config(data: Path, model: Path, arm: str, seed: int) -> dict[str, Any]:
     """The config of one cell; the arms differ in method and in who holds the texts."""
-    central = arm == "central"
+    central, wide = arm.startswith("central"), arm == "central, wide"
     return {
         "task": "causal_lm",
         "seed": seed,
@@ -47,12 +49,13 @@ def config(data: Path, model: Path, arm: str, seed: int) -> dict[str, Any]:
         "engine": {"workers": 1},
         "fleet": {"name": "edge3", "ignore_memory": True},
         "model": {"name": str(model), "max_length": 320},
-        "data": {"source": str(data / "gsm8k")},
-        "evaluation": {"every": ROUNDS, "responses": 20, "max_new_tokens": 120},
+        "data": {"source": str(data / "gsm8k"), "max_test": 200},
+        "evaluation": {"every": ROUNDS // 4, "responses": 10, "max_new_tokens": 100},
         "training": {
             "learning_rate": 3e-3,
             "schedule": "linear",
-            "local_steps": STEPS * COHORT if central else STEPS,
+            "local_steps": STEPS * COHORT if central and not wide else STEPS,
+            "batch_size": BATCH * COHORT if wide else BATCH,
         },
         "partition": {"kind": "iid", "clients": 1 if central else 20},
         "sampling": {"kind": "all"} if central else {"kind": "count", "count": COHORT},
