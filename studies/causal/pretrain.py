@@ -55,7 +55,7 @@ def batches(rows: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def pretrain(network: LlamaForCausalLM, rows: Tensor, minutes: float) -> tuple[int, float]:
-    """Steps that fit into the CPU time, and the mean loss of the last hundred; the rate falls with the clock."""
+    """Steps that fit into the CPU time, and the mean loss of the last hundred; the rate falls with it."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.1)
     started, losses = time.process_time(), list[float]()
     for batch in batches(rows, 0):

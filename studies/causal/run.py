@@ -1,8 +1,8 @@
 """Fine-tuning a small language model on GSM8K: five federated methods against central training, same texts.
 
 20 clients (iid), 10 per round, devices of three classes. Central training is one client that holds all texts
-and sees as many of them: ``central`` takes as many steps as a whole cohort together, ``central, wide`` as many
-as each client, with the batches of all of them in one. Response perplexity on the test questions.
+and sees as many of them: ``central`` takes as many steps as a whole cohort together, ``central, wide`` as
+many as each client, with the batches of all of them in one. Response perplexity on the test questions.
 
     python -m studies.causal.pretrain --data DATA --out MODEL --minutes 5
     python -m studies.causal.run --data DATA --out OUT --model MODEL
@@ -23,6 +23,7 @@ TIERS = [
 ]
 MIXED = {"kind": "tiers", "tiers": [*TIERS, {"rank": RANK, "device": "jetson-agx-orin"}]}
 SVD = {"form": "svd", "rank": RANK, "targets": "all-linear"}
+RATES = {"lora": 3e-3, "svd": 2e-2}
 ARMS: dict[str, dict[str, Any]] = {
     "central": {"method": "fedit"},
     "central, wide": {"method": "fedit"},
@@ -52,7 +53,7 @@ def config(data: Path, model: Path, arm: str, seed: int) -> dict[str, Any]:
         "data": {"source": str(data / "gsm8k"), "max_test": 200},
         "evaluation": {"every": ROUNDS // 4, "responses": 10, "max_new_tokens": 100},
         "training": {
-            "learning_rate": 3e-3,
+            "learning_rate": RATES[ARMS[arm].get("adapter", {}).get("form", "lora")],
             "schedule": "linear",
             "local_steps": STEPS * COHORT if central and not wide else STEPS,
             "batch_size": BATCH * COHORT if wide else BATCH,
