@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 
 from polyrank.config import Flare
 from polyrank.engine.base import Client
-from polyrank.engine.flare import FlareEngine
+from polyrank.engine.flare import FlareEngine, side_by_side
 from polyrank.errors import InputError, RunError, first_line, printable
 from polyrank.experiment import conduct
 from polyrank.export import read_config
@@ -45,8 +46,7 @@ class SiteEnd:
     """A site's process, as FLARE starts it: one thread does all the work, one request after the other."""
 
     def __init__(self) -> None:
-        device = os.environ.get(DEVICE_VARIABLE) or None
-        self.site = Site(read_table(Path(os.environ[SITE_VARIABLE]), device))
+        self.site: Site | None = None  # made by `join`: what goes wrong here would end the job for all sites
         self.desk = ThreadPoolExecutor(1, "polyrank")
         self.latest: bytes = b""
 
@@ -63,19 +63,46 @@ class SiteEnd:
 
     def _join(self, name: ClientId, terms: str) -> str:
         try:
+            self.site = self.site or _own_site()
             return self.site.join(name, Terms.model_validate_json(terms)).model_dump_json()
         except (InputError, ValidationError) as error:
-            _log.error("polyrank: this site does not take part: %s", first_line(error, 500))
-            return first_line(error, 500)
+            line = first_line(error, 500)
+        except Exception as error:  # what it says may name a path
+            line = _unforeseen(error)
+        _log.error("polyrank: this site does not take part: %s", line)
+        return line
 
     def _answer(self, request: bytes) -> bytes | str:
         if request is not self.latest:
             return "the server has asked anew since"
+        if self.site is None:
+            return "the site has not joined this run"
         try:
             return self.site.answer(request)
         except (ClientError, WireError) as error:
             _log.error("polyrank: %s", first_line(error))
             return f"{type(error).__name__}: {first_line(error)}"
+        except Exception as error:
+            return _unforeseen(error)
+
+
+def _own_site() -> Site:
+    """The site whose table ``join`` was given; the server does not learn what the table says.
+
+    Raises: InputError when it cannot be used any more.
+    """
+    try:
+        return Site(read_table(Path(os.environ[SITE_VARIABLE]), os.environ.get(DEVICE_VARIABLE) or None))
+    except InputError as error:
+        _log.error("polyrank: %s", error)
+        allowed = "the table cannot be used as it is now; the site's own log says why"
+        raise InputError("--data", error.key, allowed) from None
+
+
+def _unforeseen(error: Exception) -> str:
+    """What the server may know of an error that nobody foresaw: its kind. The rest stays here, in the log."""
+    _log.error("polyrank: %s", first_line(error, 500), exc_info=error)
+    return type(error).__name__
 
 
 class ServerEnd:
@@ -114,19 +141,23 @@ def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any]) -> None:
         return
     engine = read_config(folder).engine
     assert isinstance(engine, Flare)
-    experiment, manifest = restore(reopened, Sites(sites, folder, engine.deadline_s))
-    for _ in conduct(experiment, reopened.folder, manifest):
-        if (folder.path / PAUSE).exists():
+    network = Sites(sites, folder, engine.deadline_s)
+    experiment, manifest = restore(reopened, network)
+    for _ in conduct(experiment, reopened.folder, manifest):  # it holds the folder's lock until its end
+        if (folder.path / "summary.json").exists():
+            network.ask_again()
+        elif (folder.path / PAUSE).exists():
             return
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sites:
     """The sites of one job, and those that a run began with."""
 
     proxies: Mapping[ClientId, Any]
     folder: RunFolder
     deadline_s: float
+    terms: Terms | None = None
 
     def open(self, terms: Terms) -> tuple[FlareEngine, Mapping[ClientId, tuple[int, int]]]:
         """Ask every site to join; a run begins with all its sites, and goes on with those that are there.
@@ -134,10 +165,10 @@ class Sites:
         Raises: InputError when a site does not agree.
         """
         registered = self.folder.read(SITES) if (self.folder.path / SITES).exists() else {}
-        with ThreadPoolExecutor(max(1, len(self.proxies))) as pool:
-            found = list(pool.map(lambda name: self._join(name, terms, registered), self.proxies))
-        here = {name: one for name, one in zip(self.proxies, found, strict=True) if isinstance(one, Joined)}
-        for name, one in zip(self.proxies, found, strict=True):
+        self.terms = terms
+        found = self._ask(terms, registered, _JOIN_S)
+        here = {name: one for name, one in found.items() if isinstance(one, Joined)}
+        for name, one in found.items():
             if not isinstance(one, Joined):
                 if not registered:
                     raise InputError("site", name, f"does not take part: {one}")
@@ -151,10 +182,34 @@ class Sites:
         engine = FlareEngine(population, proxies, self.deadline_s, RunAborted)
         return engine, {name: (row["num_examples"], row["num_tokens"]) for name, row in rows.items()}
 
-    def _join(self, name: ClientId, terms: Terms, registered: Mapping[str, Any]) -> Joined | str:
-        """What the site says of itself, or why it does not take part."""
+    def ask_again(self) -> None:
+        """Note what the sites say of themselves at the end: the process and the loads that the run took."""
+        assert self.terms is not None, "the sites are asked when the run opens"
+        rows = self.folder.read(SITES)
+        found = self._ask(self.terms, rows, self.deadline_s)
+        told = {name: one.model_dump() for name, one in found.items() if isinstance(one, Joined)}
+        told |= {name: {"connected": False} for name in found if name not in told}
+        self.folder.write(SITES, {name: {**row, **told.get(name, {})} for name, row in rows.items()})
+
+    def _ask(
+        self, terms: Terms, registered: Mapping[str, Any], within_s: float
+    ) -> dict[ClientId, Joined | str]:
+        """What each site says of itself, or why it does not take part, in the order of the proxies."""
+        calls = [partial(self._join, name, terms, registered, within_s) for name in self.proxies]
+        ended = dict(side_by_side(calls, within_s))
+        found: dict[ClientId, Joined | str] = {}
+        for number, name in enumerate(self.proxies):
+            outcome = ended[number]
+            if isinstance(outcome, Exception) and not isinstance(outcome, TimeoutError):
+                raise outcome
+            found[name] = str(outcome) if isinstance(outcome, Exception) else outcome
+        return found
+
+    def _join(
+        self, name: ClientId, terms: Terms, registered: Mapping[str, Any], within_s: float
+    ) -> Joined | str:
         try:
-            told = self.proxies[name](timeout=_JOIN_S).join(terms.model_dump_json())
+            told = self.proxies[name](timeout=within_s).join(terms.model_dump_json())
             joined = Joined.model_validate_json(told)
         except ValidationError:
             return printable(str(told), 500)

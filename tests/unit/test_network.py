@@ -12,9 +12,9 @@ pytest.importorskip("nvflare")
 from polyrank import remote
 from polyrank.errors import InputError, RunError
 from polyrank.ledger import RunFolder
-from polyrank.network import ENDED, PAUSE, SITES, Sites, write_job
+from polyrank.network import ENDED, PAUSE, SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
 from polyrank.provision import provision, restrict
-from polyrank.site import Joined, Terms
+from polyrank.site import Joined, Site, Terms
 
 TERMS = Terms(model="m", digest="d", tokenizer="t", labels=("a", "b"), seed=0, max_length=8)
 
@@ -70,6 +70,48 @@ def test_a_site_with_other_texts_than_the_run_began_with_is_left_out(tmp_path):
     population, there, _ = opened(tmp_path, site_a=joined(6), site_b=joined(3))
     assert population == [("site-a", 5), ("site-b", 3)]
     assert there == ["site-b"]
+
+
+def test_at_the_end_the_sites_say_again_which_process_answered(tmp_path):
+    network = Sites({name: Proxy(joined(5)) for name in ("site-a", "site-b")}, RunFolder(tmp_path), 5.0)
+    network.open(TERMS)
+    network.proxies["site-a"].reply = (
+        joined(5).replace('"pid":7', '"pid":8').replace('"loads":1', '"loads":2')
+    )
+    network.proxies["site-b"].reply = TimeoutError("no answer")
+    network.ask_again()
+    told = json.loads((tmp_path / SITES).read_text())
+    assert [(row["pid"], row["loads"], row["connected"]) for row in told.values()] == [
+        (8, 2, True),
+        (7, 1, False),
+    ]
+
+
+def site_end(tmp_path, monkeypatch, table):
+    (tmp_path / "secret.toml").write_text(table)
+    monkeypatch.setenv(SITE_VARIABLE, str(tmp_path / "secret.toml"))
+    return SiteEnd()
+
+
+@pytest.mark.parametrize("table", ["[data\n", "[data]\nsource = 'x.csv'\nfolder = '/secret'\n", "[data]\n"])
+def test_a_table_that_was_spoilt_after_joining_is_one_line_and_no_end_of_the_job(
+    tmp_path, monkeypatch, table
+):
+    line = site_end(tmp_path, monkeypatch, table)._join("site-a", TERMS.model_dump_json())
+    assert line.startswith("--data = ")
+    assert line.endswith("the table cannot be used as it is now; the site's own log says why")
+    assert "secret" not in line
+
+
+def test_no_path_reaches_the_server_with_an_error_that_nobody_foresaw(tmp_path, monkeypatch, caplog):
+    end = site_end(tmp_path, monkeypatch, "[data]\nsource = 'x.csv'\n")
+    failure = OSError(28, "No space left on device", "/secret/p")
+    monkeypatch.setattr(Site, "join", lambda *_: (_ for _ in ()).throw(failure))
+    assert end._join("site-a", TERMS.model_dump_json()) == "OSError"
+    monkeypatch.setattr(Site, "answer", lambda *_: (_ for _ in ()).throw(failure))
+    assert end.answer(b"") == "OSError"
+    assert "/secret/p" in caplog.text  # the site's own log says more
+    assert SiteEnd().answer(b"") == "the site has not joined this run"
 
 
 def test_a_job_carries_no_code(tmp_path):
