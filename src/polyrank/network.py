@@ -39,6 +39,8 @@ SITES, ENDED, PAUSE = "sites.json", "ended.json", "pause"
 """In the run folder: what the sites said of themselves; why a job ended; a wish to end after this round."""
 SERVER_CLASS, SITE_CLASS = "polyrank.network.ServerEnd", "polyrank.network.SiteEnd"
 _JOIN_S = 600.0
+_START_S = 120
+"""For the sites' processes of a job to import what they need; FLARE ends a job when one takes longer."""
 _log = logging.getLogger("polyrank")
 
 
@@ -234,9 +236,10 @@ def write_job(run: Path, sites: list[ClientId], out: Path) -> None:
         "deploy_map": {"app": ["server", *sites]},
     }
     controller = "nvflare.collab.runtime.controller.CollabController"
+    started = {"server_obj_id": "server_end", "sync_task_timeout": _START_S}
     server = {
         "format_version": 2,
-        "workflows": [{"id": "controller", "path": controller, "args": {"server_obj_id": "server_end"}}],
+        "workflows": [{"id": "controller", "path": controller, "args": started}],
         "components": [{"id": "server_end", "path": SERVER_CLASS, "args": {"run": str(run), "sites": sites}}],
     }
     executor = "nvflare.collab.runtime.executor.CollabExecutor"

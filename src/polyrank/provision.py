@@ -34,6 +34,7 @@ _RIGHTS = {
         **dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none"),
     }
 }
+_AWAY_S = "300"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 
 
@@ -84,6 +85,21 @@ def _build(project: str, server: str, sites: Sequence[str], workspace: Path, por
     with contextlib.redirect_stdout(io.StringIO()):
         context = Provisioner(str(workspace), builders).provision(plan)
     return Path(context["current_prod_dir"])
+
+
+def settings_for(most_bytes: float) -> dict[str, str]:
+    """FLARE's settings for a process and all that it starts, as variables of their environment.
+
+    Args:
+        most_bytes: of a message that comes in; FLARE holds it in memory before anyone can judge it.
+    """
+    return {
+        "NVFLARE_SECURE_LOGGING": "true",  # what an error says may name a path: its kind alone travels
+        "NVFLARE_STREAMING_RELIABLE": "true",  # requests are sent until they are acknowledged, as replies are
+        "NVFLARE_STREAMING_RETRY_TIMEOUT": _AWAY_S,  # a link that is away for less costs no answer
+        "NVFLARE_STREAMING_ACK_PROGRESS_TIMEOUT": _AWAY_S,
+        "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(int(most_bytes)),
+    }
 
 
 def restrict(kit: Path) -> None:

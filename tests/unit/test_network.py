@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 
 import pytest
 
 pytest.importorskip("nvflare")
 
-from polyrank import remote
+from nvflare.fuel.f3.comm_config import VarName
+from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
+
+from polyrank import cli_network, remote
+from polyrank import provision as provisioning
 from polyrank.errors import InputError, RunError
 from polyrank.ledger import RunFolder
 from polyrank.network import ENDED, PAUSE, SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
@@ -139,6 +144,25 @@ def test_kits_hold_one_key_each_and_allow_two_classes_of_ours(tmp_path):
     assert rights["project_admin"]["byoc"] == "none"
     with pytest.raises(InputError, match="exists already"):
         provision("demo", "localhost", ["site-a"], tmp_path / "kits")
+
+
+def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
+    provision("demo", "localhost", ["site-a"], tmp_path / "kits")
+    (tmp_path / "own.csv").write_text("text,label\nx,y\n")
+    (tmp_path / "site.toml").write_text('[data]\nsource = "own.csv"\n[limits]\nmax_memory_gb = 2\n')
+    names = {f"NVFLARE_{value}".upper() for name, value in vars(VarName).items() if not name.startswith("_")}
+    for name in provisioning.settings_for(0):
+        assert name in {*names, SECURE_LOGGING_VAR_NAME}
+        monkeypatch.setenv(name, "")  # so that it is as it was, afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(SITE_VARIABLE, "")
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *_: begun.append(dict(os.environ)))
+    cli_network.join(tmp_path / "kits" / "site-a", tmp_path / "site.toml")
+    (given,) = begun
+    assert given["NVFLARE_SECURE_LOGGING"] == given["NVFLARE_STREAMING_RELIABLE"] == "true"
+    assert given["NVFLARE_STREAMING_MAX_BLOB_SIZE"] == "2000000000"
+    assert float(given["NVFLARE_STREAMING_RETRY_TIMEOUT"]) >= 300
 
 
 @pytest.mark.parametrize("sites", [[], ["a", "a"], ["server"], ["A b"], ["localhost"]])
