@@ -53,11 +53,13 @@ def join(
     """Take part as a site until stopped; connects again whenever the server was away."""
     _need_flare()
     settings = _kit_file(kit, "fed_client.json")
+    from polyrank.kit import check_kit
     from polyrank.network import DEVICE_VARIABLE, SITE_VARIABLE
     from polyrank.site import check_readable, read_table
 
     table = read_table(data, device)
     check_readable(table)
+    check_kit(kit, settings)
     os.environ[SITE_VARIABLE] = str(data.resolve())
     os.environ[DEVICE_VARIABLE] = device or ""
     room = min(table.limits.max_memory_gb * 1e9, 4 * MOST_BYTES)
@@ -128,7 +130,7 @@ def _become(role: str, kit: Path, more: str, settings: dict[str, Any], most_byte
     module, file = f"nvflare.private.fed.app.{role}.{role}_train", f"fed_{role}.json"
     words = ["-m", module, "-m", str(kit.resolve()), "-s", file, "--set", "secure_train=true"]
     restrict(kit)
-    for name, value in settings_for(most_bytes).items():
+    for name, value in settings_for(role, most_bytes).items():
         os.environ.setdefault(name, value)
     words += [*([more] if more else []), "org=polyrank", "config_folder="]
     target = settings["servers"][0]["service"]["target"]

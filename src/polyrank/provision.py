@@ -87,14 +87,17 @@ def _build(project: str, server: str, sites: Sequence[str], workspace: Path, por
     return Path(context["current_prod_dir"])
 
 
-def settings_for(most_bytes: float) -> dict[str, str]:
+def settings_for(role: str, most_bytes: float) -> dict[str, str]:
     """FLARE's settings for a process and all that it starts, as variables of their environment.
 
     Args:
+        role: ``server`` or ``client``.
         most_bytes: of a message that comes in; FLARE holds it in memory before anyone can judge it.
     """
+    # What an error says may name a path: of a site's, the kind alone travels.
+    quiet = {"NVFLARE_SECURE_LOGGING": "true"} if role == "client" else {}
     return {
-        "NVFLARE_SECURE_LOGGING": "true",  # what an error says may name a path: its kind alone travels
+        **quiet,
         "NVFLARE_STREAMING_RELIABLE": "true",  # requests are sent until they are acknowledged, as replies are
         "NVFLARE_STREAMING_RETRY_TIMEOUT": _AWAY_S,  # a link that is away for less costs no answer
         "NVFLARE_STREAMING_ACK_PROGRESS_TIMEOUT": _AWAY_S,

@@ -39,7 +39,7 @@ LAYERS = [
     ["restart"],
     ["compare", "plan", "replay", "speak", "memory", "network"],
     ["remote"],
-    ["provision"],
+    ["provision", "kit"],
     ["cli", "cli_network"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

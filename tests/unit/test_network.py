@@ -151,11 +151,12 @@ def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
     (tmp_path / "own.csv").write_text("text,label\nx,y\n")
     (tmp_path / "site.toml").write_text('[data]\nsource = "own.csv"\n[limits]\nmax_memory_gb = 2\n')
     names = {f"NVFLARE_{value}".upper() for name, value in vars(VarName).items() if not name.startswith("_")}
-    for name in provisioning.settings_for(0):
+    for name in provisioning.settings_for("client", 0):
         assert name in {*names, SECURE_LOGGING_VAR_NAME}
         monkeypatch.setenv(name, "")  # so that it is as it was, afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv(SITE_VARIABLE, "")
+    monkeypatch.setattr("polyrank.kit._knock", lambda *_: None)
     begun = []
     monkeypatch.setattr(os, "execv", lambda *_: begun.append(dict(os.environ)))
     cli_network.join(tmp_path / "kits" / "site-a", tmp_path / "site.toml")
@@ -163,6 +164,9 @@ def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
     assert given["NVFLARE_SECURE_LOGGING"] == given["NVFLARE_STREAMING_RELIABLE"] == "true"
     assert given["NVFLARE_STREAMING_MAX_BLOB_SIZE"] == "2000000000"
     assert float(given["NVFLARE_STREAMING_RETRY_TIMEOUT"]) >= 300
+    assert "NVFLARE_SECURE_LOGGING" not in provisioning.settings_for(
+        "server", 0
+    )  # it says whom it refused, and why
 
 
 @pytest.mark.parametrize("sites", [[], ["a", "a"], ["server"], ["A b"], ["localhost"]])
