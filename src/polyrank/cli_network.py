@@ -125,7 +125,7 @@ def _kit_file(kit: Path, name: str) -> dict[str, Any]:
 
 def _become(role: str, kit: Path, more: str, settings: dict[str, Any], most_bytes: float) -> None:
     """Turn this process into FLARE's, so that a service manager sees one process, and its exit code."""
-    from polyrank.provision import restrict, settings_for
+    from polyrank.kit import restrict, settings_for
 
     module, file = f"nvflare.private.fed.app.{role}.{role}_train", f"fed_{role}.json"
     words = ["-m", module, "-m", str(kit.resolve()), "-s", file, "--set", "secure_train=true"]

@@ -1,12 +1,15 @@
-"""Whether a site's start-up kit will do, told in one line before FLARE starts, which would only try again.
+"""Start-up kits in use: what they allow to run, how FLARE is set up, and whether a server lets a site in.
 
-The server lets in who shows, over mutual TLS, an unexpired certificate of the federation's own root.
-What keeps a kit out shows here, in its files or at one knock; whose name it may use, the server decides.
+A kit allows two classes to run and no code that travels: what a site runs is the polyrank that is installed
+there. The server lets in who shows, over mutual TLS, an unexpired certificate of the federation's own root.
+What keeps a kit out is told here in one line, from its files or after one knock, where FLARE would only try
+again; whose name a kit may use, the server decides.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import socket
 import ssl
 import time
@@ -16,9 +19,60 @@ from typing import Any
 
 from polyrank.errors import InputError, first_line
 
+SERVER_CLASS, SITE_CLASS = "polyrank.network.ServerEnd", "polyrank.network.SiteEnd"
+_ALLOWED = (
+    "nvflare.collab.runtime.controller.CollabController",
+    "nvflare.collab.runtime.executor.CollabExecutor",
+    SERVER_CLASS,
+    SITE_CLASS,
+)
+_RIGHTS = {
+    "project_admin": {
+        **dict.fromkeys(("submit_job", "manage_job", "download_job", "view", "operate"), "any"),
+        **dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+    }
+}
+_AWAY_S = "300"
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a client of gRPC begins; a server that does not accept the certificate has no answer to it."""
 _PATIENCE_S = 10.0
+
+
+def settings_for(role: str, most_bytes: float) -> dict[str, str]:
+    """FLARE's settings for a process and all that it starts, as variables of their environment.
+
+    Args:
+        role: ``server`` or ``client``.
+        most_bytes: of a message that comes in; FLARE holds it in memory before anyone can judge it.
+    """
+    # What an error says may name a path: of a site's, the kind alone travels.
+    quiet = {"NVFLARE_SECURE_LOGGING": "true"} if role == "client" else {}
+    return {
+        **quiet,
+        "NVFLARE_STREAMING_RELIABLE": "true",  # requests are sent until they are acknowledged, as replies are
+        "NVFLARE_STREAMING_RETRY_TIMEOUT": _AWAY_S,  # a link that is away for less costs no answer
+        "NVFLARE_STREAMING_ACK_PROGRESS_TIMEOUT": _AWAY_S,
+        "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(int(most_bytes)),
+    }
+
+
+def restrict(kit: Path) -> None:
+    """Allow a kit to build polyrank's own classes only, and no code to travel; keep what it stores inside it.
+
+    This is done anew whenever a kit is started, so that it holds wherever the kit came from.
+    """
+    default = kit / "local" / "resources.json.default"
+    resources: dict[str, Any] = json.loads(default.read_text(encoding="utf-8"))
+    resources["class_allow_list"] = list(_ALLOWED)
+    resources["allow_log_streaming"] = False  # a log may name paths and texts: it stays where it is
+    kept = [
+        part for part in resources["components"] if part["id"] not in ("site_log_streamer", "log_receiver")
+    ]
+    resources["components"] = kept
+    text = json.dumps(resources, indent=2).replace("/tmp/nvflare/", f"{kit.resolve()}/storage/")
+    (kit / "local" / "resources.json").write_text(text + "\n", encoding="utf-8")
+    rights = {"format_version": "1.0", "permissions": _RIGHTS}
+    (kit / "local" / "authorization.json").write_text(json.dumps(rights, indent=2) + "\n", encoding="utf-8")
 
 
 def check_kit(kit: Path, settings: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from polyrank.engine.flare import FlareEngine, side_by_side
 from polyrank.errors import InputError, RunError, first_line, printable
 from polyrank.experiment import conduct
 from polyrank.export import read_config
+from polyrank.kit import SERVER_CLASS, SITE_CLASS
 from polyrank.ledger import RunFolder
 from polyrank.messages import ClientId
 from polyrank.restart import reopen, restore
@@ -37,7 +38,6 @@ from polyrank.wire import WireError
 SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
 SITES, ENDED, PAUSE = "sites.json", "ended.json", "pause"
 """In the run folder: what the sites said of themselves; why a job ended; a wish to end after this round."""
-SERVER_CLASS, SITE_CLASS = "polyrank.network.ServerEnd", "polyrank.network.SiteEnd"
 _JOIN_S = 600.0
 _START_S = 120
 """For the sites' processes of a job to import what they need; FLARE ends a job when one takes longer."""

@@ -33,13 +33,13 @@ LAYERS = [
     ["collect"],
     ["round"],
     ["config", "ledger", "checkpoint"],
-    ["commit", "site"],
+    ["commit", "site", "kit"],
     ["export", "card", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment", "samples"],
     ["restart"],
     ["compare", "plan", "replay", "speak", "memory", "network"],
     ["remote"],
-    ["provision", "kit"],
+    ["provision"],
     ["cli", "cli_network"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

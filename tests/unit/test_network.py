@@ -14,11 +14,11 @@ from nvflare.fuel.f3.comm_config import VarName
 from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
 
 from polyrank import cli_network, remote
-from polyrank import provision as provisioning
 from polyrank.errors import InputError, RunError
+from polyrank.kit import restrict, settings_for
 from polyrank.ledger import RunFolder
 from polyrank.network import ENDED, PAUSE, SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
-from polyrank.provision import provision, restrict
+from polyrank.provision import provision
 from polyrank.site import Joined, Site, Terms
 
 TERMS = Terms(model="m", digest="d", tokenizer="t", labels=("a", "b"), seed=0, max_length=8)
@@ -151,7 +151,7 @@ def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
     (tmp_path / "own.csv").write_text("text,label\nx,y\n")
     (tmp_path / "site.toml").write_text('[data]\nsource = "own.csv"\n[limits]\nmax_memory_gb = 2\n')
     names = {f"NVFLARE_{value}".upper() for name, value in vars(VarName).items() if not name.startswith("_")}
-    for name in provisioning.settings_for("client", 0):
+    for name in settings_for("client", 0):
         assert name in {*names, SECURE_LOGGING_VAR_NAME}
         monkeypatch.setenv(name, "")  # so that it is as it was, afterwards
         monkeypatch.delenv(name)
@@ -164,9 +164,7 @@ def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
     assert given["NVFLARE_SECURE_LOGGING"] == given["NVFLARE_STREAMING_RELIABLE"] == "true"
     assert given["NVFLARE_STREAMING_MAX_BLOB_SIZE"] == "2000000000"
     assert float(given["NVFLARE_STREAMING_RETRY_TIMEOUT"]) >= 300
-    assert "NVFLARE_SECURE_LOGGING" not in provisioning.settings_for(
-        "server", 0
-    )  # it says whom it refused, and why
+    assert "NVFLARE_SECURE_LOGGING" not in settings_for("server", 0)  # it says whom it refused, and why
 
 
 @pytest.mark.parametrize("sites", [[], ["a", "a"], ["server"], ["A b"], ["localhost"]])
