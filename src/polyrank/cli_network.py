@@ -54,12 +54,13 @@ def join(
     _need_flare()
     settings = _kit_file(kit, "fed_client.json")
     from polyrank.kit import check_kit
+
+    check_kit(kit, settings)
     from polyrank.network import DEVICE_VARIABLE, SITE_VARIABLE
     from polyrank.site import check_readable, read_table
 
     table = read_table(data, device)
     check_readable(table)
-    check_kit(kit, settings)
     os.environ[SITE_VARIABLE] = str(data.resolve())
     os.environ[DEVICE_VARIABLE] = device or ""
     room = min(table.limits.max_memory_gb * 1e9, 4 * MOST_BYTES)
