@@ -105,6 +105,17 @@ def test_names_that_cannot_be_used(tmp_path, sites):
         provision("demo", "localhost", sites, tmp_path / "kits")
 
 
+def test_a_row_that_a_job_is_just_writing_is_not_read_yet(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append("rounds.jsonl", [{"round": 0}])
+    whole = (tmp_path / "rounds.jsonl").read_bytes()
+    for cut in range(len(whole)):
+        (tmp_path / "rounds.jsonl").write_bytes(whole + whole[:cut])
+        assert folder.read_rows("rounds.jsonl") == [{"round": 0}]
+    (tmp_path / "rounds.jsonl").write_bytes(b"")
+    assert folder.read_rows("rounds.jsonl") == []
+
+
 class Stretches:
     """Stands for the jobs of a run: each writes some rows and ends in some way."""
 
