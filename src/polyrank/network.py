@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from nvflare.collab import collab
 from nvflare.collab.api.exceptions import RunAborted
 from pydantic import ValidationError
 
+from polyrank import durable
 from polyrank.config import Flare
 from polyrank.engine.base import Client
 from polyrank.engine.flare import FlareEngine, side_by_side
@@ -30,15 +32,16 @@ from polyrank.export import read_config
 from polyrank.kit import SERVER_CLASS, SITE_CLASS
 from polyrank.ledger import RunFolder
 from polyrank.messages import ClientId
-from polyrank.restart import reopen, restore
+from polyrank.restart import Reopened, reopen, restore
 from polyrank.session import ClientError
 from polyrank.site import Joined, Site, Terms, read_table
 from polyrank.wire import WireError
 
 SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
-SITES, ENDED, PAUSE = "sites.json", "ended.json", "pause"
-"""In the run folder: what the sites said of themselves; why a job ended; a wish to end after this round."""
-_JOIN_S = 600.0
+SITES, ENDED, PAUSE, JOB = "sites.json", "ended.json", "pause", "job.json"
+"""In the run folder: what the sites said of themselves; why a job ended; a wish to end after this round; the
+job that works on it, or did last."""
+_JOIN_S, _LOCK_S = 600.0, 10.0
 _START_S = 120
 """For the sites' processes of a job to import what they need; FLARE ends a job when one takes longer."""
 _log = logging.getLogger("polyrank")
@@ -121,7 +124,7 @@ class ServerEnd:
 
     @collab.main  # type: ignore[untyped-decorator]
     def main(self) -> None:
-        """Go on with the run, and leave in its folder how this ended."""
+        """Go on with the run, and leave in its folder how this ended; where it cannot, in the job's log."""
         folder = RunFolder(Path(self.run))
         code, line = 0, ""
         try:
@@ -129,18 +132,29 @@ class ServerEnd:
             gone = sorted(set(self.sites) - set(proxies))
             if gone and not (folder.path / SITES).exists():
                 raise RunError(f"{', '.join(gone)} left before the run began")
-            _go_on(folder, proxies)
+            _go_on(folder, proxies, collab.fl_ctx.get_job_id())
+        except RunAborted:
+            raise
         except InputError as error:
+            if durable.is_taken(error):  # by another job, and how that one ends is for it to say
+                _log.error("polyrank: %s", error)
+                return
             code, line = 2, str(error)
         except RunError as error:
             code, line = 1, str(error)
+        except Exception as error:
+            code, line = 1, f"{type(error).__name__}: {first_line(error)}"
+            _log.exception("polyrank: the job ends")
+        if line:
+            _log.error("polyrank: %s", line)
         folder.write(ENDED, {"code": code, "line": line})
 
 
-def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any]) -> None:
-    reopened = reopen(folder.path)
+def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any], job: str) -> None:
+    reopened = _opened(folder.path)
     if reopened.summary is not None:
         return
+    folder.write(JOB, {"job": job})
     engine = read_config(folder).engine
     assert isinstance(engine, Flare)
     network = Sites(sites, folder, engine.deadline_s)
@@ -150,6 +164,21 @@ def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any]) -> None:
             network.ask_again()
         elif (folder.path / PAUSE).exists():
             return
+
+
+def _opened(run: Path) -> Reopened:
+    """`reopen`, with patience: an earlier job may just be ending, and who looks for the lock takes it.
+
+    Raises: InputError as `reopen` does.
+    """
+    until = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            return reopen(run)
+        except InputError as error:
+            if not durable.is_taken(error) or time.monotonic() > until:
+                raise
+        time.sleep(0.2)
 
 
 @dataclass

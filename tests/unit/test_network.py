@@ -1,4 +1,4 @@
-"""Joining over a network, and following a run whose jobs end early; sites and server are plain objects."""
+"""Joining over a network, and what kits and jobs hold; the sites are plain objects."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nvflare.fuel.f3.comm_config import VarName
 from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
 
 from polyrank import cli_network, remote
-from polyrank.errors import InputError, RunError
+from polyrank.errors import InputError
 from polyrank.kit import restrict, settings_for
 from polyrank.ledger import RunFolder
-from polyrank.network import ENDED, PAUSE, SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
+from polyrank.network import SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
 from polyrank.provision import provision
 from polyrank.site import Joined, Site, Terms
 
@@ -171,131 +171,3 @@ def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
 def test_names_that_cannot_be_used(tmp_path, sites):
     with pytest.raises(InputError, match="--site"):
         provision("demo", "localhost", sites, tmp_path / "kits")
-
-
-class Stretches:
-    """Stands for the jobs of a run: each writes some rows and ends in some way."""
-
-    def __init__(self, folder, *ends):
-        self.folder, self.ends, self.done = folder, list(ends), 0
-
-    def __call__(self, admin, folder, wanted, shown):
-        (folder.path / ENDED).unlink(missing_ok=True)
-        count, ended = self.ends.pop(0)
-        for _ in range(count):
-            yield {"round": self.done}
-            self.done += 1
-        if ended is not None:
-            folder.write(ENDED, ended)
-        if ended == {"code": 0, "line": ""} and not self.ends:
-            folder.write("summary.json", {"rounds": self.done})
-
-
-@pytest.fixture
-def unfinished(tmp_path, monkeypatch):
-    (tmp_path / "kit").mkdir()
-    (tmp_path / "kit" / "federation.json").write_text('{"sites": ["site-a"]}')
-    run = RunFolder(tmp_path / "run")
-    run.path.mkdir()
-    engine = {"kind": "flare", "kit": str(tmp_path / "kit")}
-    data = {"test": "x.csv", "labels": ["a", "b"]}
-    partition = {"kind": "natural", "column": "site"}
-    run.write("config.json", {"engine": engine, "data": data, "partition": partition})
-    monkeypatch.setattr(remote, "_BACK_OFF_S", 0.0)
-    return run
-
-
-def test_a_run_is_followed_through_all_its_jobs(unfinished, monkeypatch):
-    good = {"code": 0, "line": ""}
-    stretches = Stretches(unfinished, (2, None), (1, {"code": 1, "line": "no client"}), (0, None), (3, good))
-    monkeypatch.setattr(remote, "_stretch", stretches)
-    rows = list(remote.follow(unfinished.path))
-    assert [row["round"] for row in rows[:-1]] == list(range(6))
-    assert rows[-1] == {"rounds": 6}
-
-
-def test_a_run_that_gets_nowhere_ends_with_what_the_job_said(unfinished, monkeypatch):
-    failing = (0, {"code": 1, "line": "round 0: no client gave a usable update"})
-    monkeypatch.setattr(remote, "_stretch", Stretches(unfinished, *[failing] * 5))
-    with pytest.raises(RunError, match="no client gave a usable update; 5 tries in a row"):
-        list(remote.follow(unfinished.path))
-
-
-def test_bad_input_that_a_job_finds_ends_the_run_at_once(unfinished, monkeypatch):
-    bad = {"code": 2, "line": "site = 'site-a': does not take part: data.label = 'x': unknown label"}
-    monkeypatch.setattr(remote, "_stretch", Stretches(unfinished, (0, bad)))
-    with pytest.raises(InputError, match="site = 'site-a': does not take part"):
-        list(remote.follow(unfinished.path))
-
-
-class FakeAdmin:
-    """A server that answers with what is left in its lists, and is not to be reached for an error."""
-
-    def __init__(self, idle=(), over=()):
-        self.told = {"idle": list(idle), "over": list(over)}
-
-    def _next(self, name, otherwise):
-        found = self.told[name].pop(0) if self.told[name] else otherwise
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def idle(self):
-        return self._next("idle", set())
-
-    def is_over(self, job):
-        return self._next("over", True)
-
-
-def watched(run, admin, monkeypatch, *events):
-    """The rows seen while events happen, one at each look; an event is a function."""
-    monkeypatch.setattr(remote, "_ASK_EVERY", 1)
-    waiting = list(events)
-    monkeypatch.setattr(remote.time, "sleep", lambda _: waiting.pop(0)() if waiting else None)
-    return list(remote._watch(admin, run, ["site-a", "site-b"], "job", 0))
-
-
-def test_a_server_that_does_not_answer_is_no_end_of_a_job(unfinished, monkeypatch):
-    held = []
-
-    def begin():
-        held.append(remote.durable.lock(unfinished.path))
-        unfinished.write(SITES, {})
-
-    def end():
-        unfinished.append("rounds.jsonl", [{"round": 1}])
-        unfinished.write(ENDED, {"code": 0, "line": ""})
-
-    away = [ConnectionError("away")] * 2
-    events = (begin, lambda: unfinished.append("rounds.jsonl", [{"round": 0}]), lambda: None, end)
-    rows = watched(unfinished, FakeAdmin(idle=away), monkeypatch, *events)
-    assert [row["round"] for row in rows] == [0, 1]
-
-
-def test_a_job_that_was_killed_has_let_go_of_the_run(unfinished, monkeypatch):
-    held = []
-
-    def begin():
-        held.append(remote.durable.lock(unfinished.path))
-        unfinished.write(SITES, {})
-
-    def die():
-        held.pop().release()
-
-    assert watched(unfinished, FakeAdmin(idle=[set()] * 2), monkeypatch, begin, lambda: None, die) == []
-    assert remote._why_it_ended(unfinished) == "the job was cut off"
-
-
-@pytest.mark.parametrize("second", ["site-b", "site-a"])
-def test_a_job_is_asked_to_end_for_a_site_that_stays_without_work(unfinished, monkeypatch, second):
-    held = []
-
-    def begin():
-        held.append(remote.durable.lock(unfinished.path))
-        unfinished.write(SITES, {})
-
-    def end():
-        assert (unfinished.path / PAUSE).exists() == (second == "site-b")
-        unfinished.write(ENDED, {"code": 0, "line": ""})
-
-    watched(unfinished, FakeAdmin(idle=[{"site-b"}, {second}]), monkeypatch, begin, lambda: None, end)

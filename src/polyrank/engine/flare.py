@@ -55,6 +55,7 @@ class FlareEngine:
     deadline_s: float
     aborted: type[Exception]
     fuse: int = 1
+    pause_s: float = 5.0
 
     def clients(self) -> Sequence[Client]:
         """The population, in a fixed order."""
