@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +158,11 @@ class Site:
         _at_most("memory in GB", task_bytes(request) / 1e9, "max_memory_gb", limits.max_memory_gb)
         refuse_too_much(decode_task(request), self.env, limits)
         return handle(request, self.env)
+
+    def leave(self) -> None:
+        """Free the room on disk that the site has taken."""
+        if self.env is not None and self.env.prefix is not None:
+            shutil.rmtree(self.env.prefix.folder, ignore_errors=True)
 
     def _environment(self, name: ClientId, terms: Terms) -> ClientEnv:
         texts = read_texts(self.table.data, terms.labels)  # a defect is told before a model is loaded

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("nvflare")
 
+from nvflare.collab.api.decorators import get_object_final_funcs
 from nvflare.fuel.f3.comm_config import VarName
 from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
 
@@ -17,6 +19,7 @@ from polyrank import cli_network, remote
 from polyrank.errors import InputError
 from polyrank.kit import restrict, settings_for
 from polyrank.ledger import RunFolder
+from polyrank.models.prefix import PrefixCache
 from polyrank.network import SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
 from polyrank.provision import provision
 from polyrank.site import Joined, Site, Terms
@@ -117,6 +120,17 @@ def test_no_path_reaches_the_server_with_an_error_that_nobody_foresaw(tmp_path, 
     assert end.answer(b"") == "OSError"
     assert "/secret/p" in caplog.text  # the site's own log says more
     assert SiteEnd().answer(b"") == "the site has not joined this run"
+
+
+def test_a_site_leaves_nothing_on_disk_at_the_end_of_a_job(tmp_path, monkeypatch):
+    end = site_end(tmp_path, monkeypatch, "[data]\nsource = 'x.csv'\n")
+    (tmp_path / "prefix").mkdir()
+    monkeypatch.setattr(Site, "join", lambda *_: Joined.model_validate_json(joined(5)))
+    end._join("site-a", TERMS.model_dump_json())
+    end.site.env = SimpleNamespace(prefix=PrefixCache(tmp_path / "prefix", 10, "fp32"))
+    assert len(get_object_final_funcs(end)) == 1  # FLARE calls it
+    end.leave()
+    assert not (tmp_path / "prefix").exists()
 
 
 def test_a_job_carries_no_code(tmp_path):
