@@ -7,6 +7,7 @@ CODE := src tests studies examples benchmarks
 BENCH := .venv-bench
 RESULTS := benchmarks/results/$(shell date +%F)
 DATA ?=
+NETWORK ?=
 PAIRS ?= 5
 
 .PHONY: install run test check slow network demo-network bench clean
@@ -39,9 +40,11 @@ $(VENV)/flare: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,flare]'
 	@touch $@
 
-# A server and three sites as processes, killed and started again.
+# A server and three sites as processes, killed, cut off and started again. NETWORK may pick some of the tests.
+# First the tests that `make test` skips where the extra is not there.
 network: $(VENV)/flare
-	$(BIN)/python -m pytest -m network tests/network
+	$(BIN)/python -m pytest $$(grep -l 'importorskip("nvflare")' tests/unit/*.py)
+	$(BIN)/python -m pytest -m network $(NETWORK) tests/network
 
 demo-network: $(VENV)/flare
 	$(BIN)/python examples/network.py

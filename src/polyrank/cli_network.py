@@ -17,6 +17,8 @@ from polyrank.errors import InputError
 if TYPE_CHECKING:
     from polyrank.config import Config
 
+MOST_BYTES = 2**30
+"""Of an answer; NVFLARE_STREAMING_MAX_BLOB_SIZE changes it. A site takes in what its table has memory for."""
 KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="A start-up kit's folder.")]
 
 
@@ -40,7 +42,7 @@ def serve(kit: KitArgument) -> None:
     """Run the server of a federation until it is stopped."""
     _need_flare()
     settings = _kit_file(kit, "fed_server.json")
-    _become("server", kit, "fed_server.json", "", settings)
+    _become("server", kit, "", settings, MOST_BYTES)
 
 
 def join(
@@ -51,13 +53,18 @@ def join(
     """Take part as a site until stopped; connects again whenever the server was away."""
     _need_flare()
     settings = _kit_file(kit, "fed_client.json")
+    from polyrank.kit import check_kit
+
+    check_kit(kit, settings)
     from polyrank.network import DEVICE_VARIABLE, SITE_VARIABLE
     from polyrank.site import check_readable, read_table
 
-    check_readable(read_table(data, device))
+    table = read_table(data, device)
+    check_readable(table)
     os.environ[SITE_VARIABLE] = str(data.resolve())
     os.environ[DEVICE_VARIABLE] = device or ""
-    _become("client", kit, "fed_client.json", f"uid={settings['client']['fqsn']}", settings)
+    room = min(table.limits.max_memory_gb * 1e9, 4 * MOST_BYTES)
+    _become("client", kit, f"uid={settings['client']['fqsn']}", settings, room)
 
 
 def status(
@@ -117,13 +124,15 @@ def _kit_file(kit: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _become(role: str, kit: Path, settings_file: str, more: str, settings: dict[str, Any]) -> None:
+def _become(role: str, kit: Path, more: str, settings: dict[str, Any], most_bytes: float) -> None:
     """Turn this process into FLARE's, so that a service manager sees one process, and its exit code."""
-    from polyrank.provision import restrict
+    from polyrank.kit import restrict, settings_for
 
-    module = f"nvflare.private.fed.app.{role}.{role}_train"
-    words = ["-m", module, "-m", str(kit.resolve()), "-s", settings_file, "--set", "secure_train=true"]
+    module, file = f"nvflare.private.fed.app.{role}.{role}_train", f"fed_{role}.json"
+    words = ["-m", module, "-m", str(kit.resolve()), "-s", file, "--set", "secure_train=true"]
     restrict(kit)
+    for name, value in settings_for(role, most_bytes).items():
+        os.environ.setdefault(name, value)
     words += [*([more] if more else []), "org=polyrank", "config_folder="]
     target = settings["servers"][0]["service"]["target"]
     typer.echo(f"polyrank: {role} of {settings['servers'][0]['name']} at {target}")

@@ -7,6 +7,7 @@ that failed is replaced by one that was not asked yet, or asked again when none 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -100,7 +101,8 @@ def collect_quorum(
     """
     wave, replies, counting = list(asked), list[Reply](), set(cohort)
     needed = failures.needed(len(cohort))
-    for _ in range(failures.retries + 1):
+    for number in range(failures.retries + 1):
+        started = time.monotonic()
         answers = collect(engine, wave, received)
         replies += [replace(reply, counts=reply.counts and reply.client in counting) for reply in answers]
         replies = refuse_outliers(replies, failures.norm_bound)
@@ -111,6 +113,8 @@ def collect_quorum(
         fresh = [client for client in spares if client not in received.attempts]
         wave = [*fresh, *failed][: len(cohort) - len(good)]
         counting |= set(wave)
+        if number < failures.retries:  # what failed at once may be a link that is back in some seconds
+            time.sleep(max(0.0, started + engine.pause_s * 2**number - time.monotonic()))
     errors = {r.client: f"{r.client}: {r.error}" for r in replies if r.learned is None and r.counts}
     count, reasons = f"{len(good)} of {len(cohort)} clients" if good else "no client", list(errors.values())
     raise RunError(f"{count} gave a usable update ({needed} are needed; {'; '.join(reasons[:3])})")

@@ -121,6 +121,25 @@ def lock(folder: Path) -> Lock:
     return Lock(number)
 
 
+def is_taken(error: InputError) -> bool:
+    """Whether `lock` failed because another process has the folder, and not for good."""
+    return isinstance(error.__cause__, BlockingIOError)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process has the lock of a folder; to find out, it is taken for a moment.
+
+    Raises: InputError when it cannot be locked at all.
+    """
+    try:
+        lock(folder).release()
+    except InputError as error:
+        if is_taken(error):
+            return True
+        raise
+    return False
+
+
 def _put(path: Path, data: bytes, flags: int) -> None:
     number = os.open(path, flags, 0o644)
     try:

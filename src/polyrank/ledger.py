@@ -92,11 +92,11 @@ class RunFolder:
             raise InputError("RUN", str(self.path), allowed) from error
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """All rows of a .jsonl file; none when the file is not there."""
+        """All rows of a .jsonl file, but for one that is just being written; none when there is no file."""
         if not (self.path / name).exists():
             return []
-        lines = (self.path / name).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        data = (self.path / name).read_bytes()
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
 def refuse_existing(out: Path | None) -> None:

@@ -1,8 +1,7 @@
 """`polyrank provision`: start-up kits with certificates for the server, each site and the administrator.
 
 NVIDIA FLARE makes the keys, the certificates and the signed start-up files: every connection is mutual TLS
-under the project's own root. On top of that a kit allows two classes to run and no code that travels: what
-a site runs is the polyrank that is installed there.
+under the project's own root. What a kit allows to run is set when it is started (`kit.py`).
 """
 
 from __future__ import annotations
@@ -14,26 +13,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from polyrank.durable import kind_at
 from polyrank.errors import InputError
-from polyrank.network import SERVER_CLASS, SITE_CLASS
 from polyrank.remote import ADMIN, FEDERATION
 
 _ORGANISATION = "polyrank"
-_ALLOWED = (
-    "nvflare.collab.runtime.controller.CollabController",
-    "nvflare.collab.runtime.executor.CollabExecutor",
-    SERVER_CLASS,
-    SITE_CLASS,
-)
-_RIGHTS = {
-    "project_admin": {
-        **dict.fromkeys(("submit_job", "manage_job", "download_job", "view", "operate"), "any"),
-        **dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none"),
-    }
-}
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 
 
@@ -84,22 +69,3 @@ def _build(project: str, server: str, sites: Sequence[str], workspace: Path, por
     with contextlib.redirect_stdout(io.StringIO()):
         context = Provisioner(str(workspace), builders).provision(plan)
     return Path(context["current_prod_dir"])
-
-
-def restrict(kit: Path) -> None:
-    """Allow a kit to build polyrank's own classes only, and no code to travel; keep what it stores inside it.
-
-    This is done anew whenever a kit is started, so that it holds wherever the kit came from.
-    """
-    default = kit / "local" / "resources.json.default"
-    resources: dict[str, Any] = json.loads(default.read_text(encoding="utf-8"))
-    resources["class_allow_list"] = list(_ALLOWED)
-    resources["allow_log_streaming"] = False  # a log may name paths and texts: it stays where it is
-    kept = [
-        part for part in resources["components"] if part["id"] not in ("site_log_streamer", "log_receiver")
-    ]
-    resources["components"] = kept
-    text = json.dumps(resources, indent=2).replace("/tmp/nvflare/", f"{kit.resolve()}/storage/")
-    (kit / "local" / "resources.json").write_text(text + "\n", encoding="utf-8")
-    rights = {"format_version": "1.0", "permissions": _RIGHTS}
-    (kit / "local" / "authorization.json").write_text(json.dumps(rights, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +22,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from polyrank.client import handle
 from polyrank.clock import session_size, workload
-from polyrank.cost import memory_bytes
+from polyrank.cost import WORD, memory_bytes
 from polyrank.data.instructions import KNOWN, tokenize_instructions
 from polyrank.data.source import load_responses, load_texts
 from polyrank.data.source import read_table as read_file
 from polyrank.data.texts import Data, TextColumns, Texts, check_columns
 from polyrank.data.tokens import tokenize
 from polyrank.errors import InputError, choices
-from polyrank.messages import ClientId, Task, TrainTask
+from polyrank.messages import ClientId, Task, Training, TrainTask
 from polyrank.models.load import PACKAGED, BaseModel, TaskName, load_base, pick_device
 from polyrank.models.prefix import can_skip, temporary_cache
 from polyrank.models.shape import shape_of
@@ -37,7 +38,7 @@ from polyrank.schema import Schema
 from polyrank.seed import seed_for
 from polyrank.session import ClientEnv, ClientError
 from polyrank.tables import as_input_error, read_toml
-from polyrank.wire import decode_task
+from polyrank.wire import decode_task, task_bytes
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -173,8 +174,15 @@ class Site:
         """
         if self.env is None:
             raise ClientError("the site has not joined this run")
-        refuse_too_much(decode_task(request), self.env, self.table.limits)
+        limits = self.table.limits
+        _at_most("memory in GB", task_bytes(request) / 1e9, "max_memory_gb", limits.max_memory_gb)
+        refuse_too_much(decode_task(request), self.env, limits)
         return handle(request, self.env)
+
+    def leave(self) -> None:
+        """Free the room on disk that the site has taken."""
+        if self.env is not None and self.env.prefix is not None:
+            shutil.rmtree(self.env.prefix.folder, ignore_errors=True)
 
     def _environment(self, name: ClientId, terms: Terms) -> ClientEnv:
         texts = read_texts(self.table.data, terms)  # a defect is told before a model is loaded
@@ -274,16 +282,23 @@ def kept_aside(count: int, terms: Terms, name: ClientId) -> tuple[list[int], lis
 def refuse_too_much(task: Task, env: ClientEnv, limits: Limits) -> None:
     """Raises: ClientError when a task asks for more than the site allows."""
     held = {name: int(mask.sum()) for name, mask in task.mask.items()}
-    _at_most("rank", max(held.values(), default=0), "max_rank", limits.max_rank)
-    if not isinstance(task, TrainTask):
-        return
-    steps, _ = session_size(len(env.train), task.training)
-    _at_most("local steps", steps, "max_steps", limits.max_steps)
-    ranks = {name: int(mask.sum()) for name, mask in task.trained.items()}
-    frozen = {name: held[name] - ranks[name] for name in ranks}
-    texts = len(env.train), int(env.train.starts[-1])
-    work = workload(shape_of(env.model), texts, task.training, ranks, frozen, env.prefix is not None)
-    _at_most("memory in GB", memory_bytes(work) / 1e9, "max_memory_gb", limits.max_memory_gb)
+    folded = [factors.rank for fold in task.folds.adapters for factors in fold.modules.values()]
+    _at_most("rank", max([*held.values(), *folded], default=0), "max_rank", limits.max_rank)
+    if isinstance(task, TrainTask):
+        steps, _ = session_size(len(env.train), task.training)
+        _at_most("local steps", steps, "max_steps", limits.max_steps)
+        texts, training = env.train, task.training
+        ranks = {name: int(mask.sum()) for name, mask in task.trained.items()}
+    else:  # one pass over the texts kept aside, without anything that trains
+        texts, training = env.holdout or env.train, Training(batch_size=task.batch_size)
+        ranks = {}
+    frozen = {name: held[name] - ranks.get(name, 0) for name in held}
+    sizes = len(texts), int(texts.starts[-1])
+    work = workload(shape_of(env.model), sizes, training, ranks, frozen, env.prefix is not None)
+    asked = 0 if texts.responses is None else texts.targets(range(len(texts)))
+    work = replace(work, asked=work.texts * asked / len(texts))
+    folds = WORD * sum(fold.num_parameters() for fold in task.folds.adapters)
+    _at_most("memory in GB", (memory_bytes(work) + folds) / 1e9, "max_memory_gb", limits.max_memory_gb)
 
 
 def _at_most(what: str, asked: float, key: str, limit: float) -> None:

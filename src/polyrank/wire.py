@@ -114,7 +114,8 @@ def decode_task(data: bytes) -> Task:
     try:
         sizes = {name: slots for name, _, _, _, slots in meaning["modules"]}
         mask = unpack_bits(tensors["mask"], sizes)
-        schema = _adapter_schema(meaning["form"], meaning["modules"], mask)
+        ranks = {name: int(held.sum()) for name, held in mask.items()}
+        schema = _adapter_schema(meaning["form"], meaning["modules"], ranks)
         drawn, parts = None, ALL_PARTS
         if "drawn" in meaning:
             drawn, parts = Draw(**meaning["drawn"]), ALL_PARTS - {"A"}
@@ -133,9 +134,31 @@ def decode_task(data: bytes) -> Task:
             return replace(task, drawn=drawn, ballot=ballot, **asked)
         if meaning["kind"] == "evaluate":
             return EvaluateTask(*common, mask, adapter, head, meaning["batch_size"], folds)
-    except (KeyError, TypeError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last is torch's, of a negative size
         raise WireError(f"not a task: {error}") from error
     raise WireError(f"unknown kind of task {meaning['kind']!r}")
+
+
+def task_bytes(data: bytes) -> int:
+    """What a task takes once it is read: its own bytes, and those of an A that travels as its seed.
+
+    It is told from the header alone, for whoever must not read more than there is room for.
+
+    Raises: WireError when the bytes are not a task.
+    """
+    try:
+        size = int.from_bytes(data[_DIGEST_BYTES : _DIGEST_BYTES + 8], "little")
+        body = data[_DIGEST_BYTES + 8 : _DIGEST_BYTES + 8 + size]
+        meaning = json.loads(json.loads(body)["__metadata__"][_METADATA])
+        drawn = sum(abs(in_ * slots) for _, _, in_, _, slots in meaning["modules"])
+        return len(data) + (4 * int(drawn) if "drawn" in meaning else 0)
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise WireError(f"not a task: {error}") from error
 
 
 # --- replies: client to server ---------------------------------------------------------------
@@ -280,11 +303,11 @@ def _module_table(adapter: Adapter, mask: RankMask) -> list[list[Any]]:
     return rows
 
 
-def _adapter_schema(form: Any, table: Sequence[Sequence[Any]], mask: RankMask) -> Adapter:
+def _adapter_schema(form: Any, table: Sequence[Sequence[Any]], ranks: Mapping[str, int]) -> Adapter:
     """An adapter of the right shapes without numbers (meta tensors)."""
     modules = {}
     for name, out, in_, scale, _ in table:
-        rank = int(mask[name].sum())
+        rank = ranks[name]
         if rank == 0:
             continue
         B = torch.empty(out, rank, device="meta")
@@ -312,8 +335,7 @@ def _decode_folds(meaning: dict[str, Any], tensors: Mapping[str, Tensor]) -> Fol
         return Folds()
     schemas = []
     for table in meaning["folds"]["modules"]:
-        full = {name: torch.ones(slots, dtype=torch.bool) for name, _, _, _, slots in table}
-        schemas.append(_adapter_schema("lora", table, full))
+        schemas.append(_adapter_schema("lora", table, {name: slots for name, _, _, _, slots in table}))
     sizes = {str(number): (schema.num_parameters(),) for number, schema in enumerate(schemas)}
     rows = unflatten(tensors["folds"], sizes).values()
     adapters = [unflatten_adapter(row, schema) for row, schema in zip(rows, schemas, strict=True)]

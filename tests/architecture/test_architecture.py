@@ -33,7 +33,7 @@ LAYERS = [
     ["collect"],
     ["round"],
     ["config", "ledger", "checkpoint"],
-    ["commit", "site"],
+    ["commit", "site", "kit"],
     ["export", "card", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment", "samples"],
     ["restart"],

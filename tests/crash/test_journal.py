@@ -24,7 +24,7 @@ class Until:
 
     def __init__(self, engine, answers):
         self.engine, self.answers, self.asked = engine, answers, []
-        self.fuse = engine.fuse
+        self.fuse, self.pause_s = engine.fuse, engine.pause_s
 
     def clients(self):
         return self.engine.clients()

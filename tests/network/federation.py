@@ -90,8 +90,8 @@ class Federation:
 
 
 def rows(run: Path, name: str = "rounds.jsonl") -> list[dict[str, Any]]:
-    lines = (run / name).read_text().splitlines() if (run / name).exists() else []
-    return [json.loads(line) for line in lines]
+    text = (run / name).read_text() if (run / name).exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def wait_for_rounds(run: Path, count: int, patience_s: float = 150.0) -> None:

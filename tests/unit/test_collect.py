@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from polyrank import collect
 from polyrank.collect import Failures
 from polyrank.engine.base import Answer
 from polyrank.engine.dropout import Dropout
@@ -83,6 +85,16 @@ def test_a_round_below_its_quorum_stops_the_run_in_one_line():
     )
     with pytest.raises(RunError, match=line):
         federated_round(fed, state)
+
+
+def test_over_a_network_the_failed_get_more_and_more_time(monkeypatch):
+    slept = []
+    monkeypatch.setattr(collect, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    fed, state = federation({"c1": lost}, failures=Failures(quorum=1.0, retries=3))
+    fed.engine.pause_s = 5.0
+    with pytest.raises(RunError, match="3 of 4 clients"):
+        federated_round(fed, state)
+    assert slept == [5.0, 10.0, 20.0]
 
 
 def test_a_late_answer_to_the_first_request_is_refused():

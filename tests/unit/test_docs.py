@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from polyrank.adapter import prefix_mask, restrict
@@ -73,3 +77,16 @@ def test_every_key_of_the_config_is_documented():
         keys = [key for table in tables for key in type(table).model_fields if key != "kind"]
         for key in keys:
             assert re.search(rf"`{name}\.{key}\b", page), f"{name}.{key}"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+def test_the_units_of_the_docs_are_units(tmp_path):
+    page = (ROOT / "docs" / "network.md").read_text()
+    units = re.findall(r"```ini\n# /etc/systemd/system/(\S+)\n(.*?)```", page, re.DOTALL)
+    assert len(units) == 2
+    for name, text in units:
+        assert "User=polyrank" in text
+        (tmp_path / name).write_text(text.replace("/opt/polyrank/bin/polyrank", sys.executable))
+    command = ["systemd-analyze", "verify", *(str(tmp_path / name) for name, _ in units)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

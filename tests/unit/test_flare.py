@@ -32,9 +32,9 @@ class FakeSite:
         return self.reply(request) if callable(self.reply) else self.reply
 
 
-def engine(**replies):
+def engine(deadline_s=7.0, **replies):
     sites = {name: FakeSite(reply) for name, reply in replies.items() if reply is not None}
-    return FlareEngine([Client(name, 5) for name in replies], sites, 7.0, AbortedError), sites
+    return FlareEngine([Client(name, 5) for name in replies], sites, deadline_s, AbortedError), sites
 
 
 def answers(engine, requests):
@@ -70,6 +70,31 @@ def test_the_end_of_the_job_is_not_taken_for_a_failure_of_the_site():
     flare, _ = engine(a=AbortedError())
     with pytest.raises(AbortedError):
         list(flare.exchange([("a", b"")]))
+
+
+def test_a_site_that_never_finishes_is_given_up_at_the_deadline_and_its_answer_is_lost():
+    """FLARE's own timeout begins anew with every byte that comes."""
+    let_go = threading.Event()
+    flare, _ = engine(0.5, drips=lambda _: let_go.wait(20) and b"late", good=b"fine")
+    start = time.monotonic()
+    found = answers(flare, [("drips", b""), ("good", b"")])
+    assert 0.5 <= time.monotonic() - start < 5
+    assert found["good"].payload == b"fine"
+    assert (found["drips"].payload, found["drips"].error) == (None, "no answer within 0.5 s")
+    let_go.set()
+    assert [answer.payload for answer in flare.exchange([("good", b"")])] == [b"fine"]
+
+
+def test_what_comes_after_its_deadline_is_not_taken_for_another_answer():
+    order = iter([0.6, 0.0])
+    flare, _ = engine(0.4, a=lambda request: time.sleep(next(order)) or request)
+
+    def requests():
+        yield "a", b"one"
+        time.sleep(0.2)
+        yield "a", b"two"
+
+    assert [answer.payload for answer in flare.exchange(requests())] == [b"two", None]
 
 
 def test_sites_work_side_by_side():

@@ -166,7 +166,7 @@ def update_for(task):
 def test_the_first_of_two_answers_counts(second):
     class Twice:
         def __init__(self, engine):
-            self.engine, self.fuse = engine, engine.fuse
+            self.engine, self.fuse, self.pause_s = engine, engine.fuse, engine.pause_s
 
         def clients(self):
             return self.engine.clients()

@@ -149,7 +149,7 @@ class Recording:
     """An engine that remembers the requests that pass through it."""
 
     def __init__(self, engine):
-        self.engine, self.seen, self.fuse = engine, [], engine.fuse
+        self.engine, self.seen, self.fuse, self.pause_s = engine, [], engine.fuse, engine.pause_s
 
     def clients(self):
         return self.engine.clients()

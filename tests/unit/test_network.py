@@ -1,27 +1,35 @@
-"""Joining over a network, and following a run whose jobs end early; sites and server are plain objects."""
+"""Joining over a network, and what kits and jobs hold; the sites are plain objects."""
 
 from __future__ import annotations
 
 import json
+import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("nvflare")
 
-from polyrank import remote
-from polyrank.errors import InputError, RunError
+from nvflare.collab.api.decorators import get_object_final_funcs
+from nvflare.fuel.f3.comm_config import VarName
+from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
+
+from polyrank import cli_network, remote
+from polyrank.errors import InputError
+from polyrank.kit import restrict, settings_for
 from polyrank.ledger import RunFolder
-from polyrank.network import ENDED, PAUSE, SITES, Sites, write_job
-from polyrank.provision import provision, restrict
-from polyrank.site import Joined, Terms
+from polyrank.models.prefix import PrefixCache
+from polyrank.network import SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
+from polyrank.provision import provision
+from polyrank.site import Joined, Site, Terms
 
 TERMS = Terms(model="m", digest="d", tokenizer="t", labels=("a", "b"), seed=0, max_length=8)
 
 
 def joined(count):
-    told = {"num_examples": count, "num_tokens": 9 * count, "num_holdout": 0, "device": "cpu"}
-    return Joined(**told, threads=1, pid=7, loads=1).model_dump_json()
+    sizes = {"num_examples": count, "num_tokens": 9 * count, "num_taught": count, "num_holdout": 0}
+    return Joined(**sizes, device="cpu", threads=1, pid=7, loads=1).model_dump_json()
 
 
 class Proxy:
@@ -52,7 +60,7 @@ def test_a_run_begins_with_all_its_sites_or_with_one_clear_line(tmp_path):
     population, there, texts = opened(tmp_path, site_b=joined(3), site_a=joined(5))
     assert population == [("site-a", 5), ("site-b", 3)]  # by name, as a natural partition has them
     assert there == ["site-a", "site-b"]
-    assert texts == {"site-a": (5, 45), "site-b": (3, 27)}
+    assert texts == {"site-a": (5, 45, 5), "site-b": (3, 27, 3)}
 
 
 def test_a_run_goes_on_with_the_sites_that_are_there_and_keeps_its_population(tmp_path):
@@ -70,6 +78,59 @@ def test_a_site_with_other_texts_than_the_run_began_with_is_left_out(tmp_path):
     population, there, _ = opened(tmp_path, site_a=joined(6), site_b=joined(3))
     assert population == [("site-a", 5), ("site-b", 3)]
     assert there == ["site-b"]
+
+
+def test_at_the_end_the_sites_say_again_which_process_answered(tmp_path):
+    network = Sites({name: Proxy(joined(5)) for name in ("site-a", "site-b")}, RunFolder(tmp_path), 5.0)
+    network.open(TERMS)
+    network.proxies["site-a"].reply = (
+        joined(5).replace('"pid":7', '"pid":8').replace('"loads":1', '"loads":2')
+    )
+    network.proxies["site-b"].reply = TimeoutError("no answer")
+    network.ask_again()
+    told = json.loads((tmp_path / SITES).read_text())
+    assert [(row["pid"], row["loads"], row["connected"]) for row in told.values()] == [
+        (8, 2, True),
+        (7, 1, False),
+    ]
+
+
+def site_end(tmp_path, monkeypatch, table):
+    (tmp_path / "secret.toml").write_text(table)
+    monkeypatch.setenv(SITE_VARIABLE, str(tmp_path / "secret.toml"))
+    return SiteEnd()
+
+
+@pytest.mark.parametrize("table", ["[data\n", "[data]\nsource = 'x.csv'\nfolder = '/secret'\n", "[data]\n"])
+def test_a_table_that_was_spoilt_after_joining_is_one_line_and_no_end_of_the_job(
+    tmp_path, monkeypatch, table
+):
+    line = site_end(tmp_path, monkeypatch, table)._join("site-a", TERMS.model_dump_json())
+    assert line.startswith("--data = ")
+    assert line.endswith("the table cannot be used as it is now; the site's own log says why")
+    assert "secret" not in line
+
+
+def test_no_path_reaches_the_server_with_an_error_that_nobody_foresaw(tmp_path, monkeypatch, caplog):
+    end = site_end(tmp_path, monkeypatch, "[data]\nsource = 'x.csv'\n")
+    failure = OSError(28, "No space left on device", "/secret/p")
+    monkeypatch.setattr(Site, "join", lambda *_: (_ for _ in ()).throw(failure))
+    assert end._join("site-a", TERMS.model_dump_json()) == "OSError"
+    monkeypatch.setattr(Site, "answer", lambda *_: (_ for _ in ()).throw(failure))
+    assert end.answer(b"") == "OSError"
+    assert "/secret/p" in caplog.text  # the site's own log says more
+    assert SiteEnd().answer(b"") == "the site has not joined this run"
+
+
+def test_a_site_leaves_nothing_on_disk_at_the_end_of_a_job(tmp_path, monkeypatch):
+    end = site_end(tmp_path, monkeypatch, "[data]\nsource = 'x.csv'\n")
+    (tmp_path / "prefix").mkdir()
+    monkeypatch.setattr(Site, "join", lambda *_: Joined.model_validate_json(joined(5)))
+    end._join("site-a", TERMS.model_dump_json())
+    end.site.env = SimpleNamespace(prefix=PrefixCache(tmp_path / "prefix", 10, "fp32"))
+    assert len(get_object_final_funcs(end)) == 1  # FLARE calls it
+    end.leave()
+    assert not (tmp_path / "prefix").exists()
 
 
 def test_a_job_carries_no_code(tmp_path):
@@ -99,135 +160,28 @@ def test_kits_hold_one_key_each_and_allow_two_classes_of_ours(tmp_path):
         provision("demo", "localhost", ["site-a"], tmp_path / "kits")
 
 
+def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
+    provision("demo", "localhost", ["site-a"], tmp_path / "kits")
+    (tmp_path / "own.csv").write_text("text,label\nx,y\n")
+    (tmp_path / "site.toml").write_text('[data]\nsource = "own.csv"\n[limits]\nmax_memory_gb = 2\n')
+    names = {f"NVFLARE_{value}".upper() for name, value in vars(VarName).items() if not name.startswith("_")}
+    for name in settings_for("client", 0):
+        assert name in {*names, SECURE_LOGGING_VAR_NAME}
+        monkeypatch.setenv(name, "")  # so that it is as it was, afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(SITE_VARIABLE, "")
+    monkeypatch.setattr("polyrank.kit._knock", lambda *_: None)
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *_: begun.append(dict(os.environ)))
+    cli_network.join(tmp_path / "kits" / "site-a", tmp_path / "site.toml")
+    (given,) = begun
+    assert given["NVFLARE_SECURE_LOGGING"] == given["NVFLARE_STREAMING_RELIABLE"] == "true"
+    assert given["NVFLARE_STREAMING_MAX_BLOB_SIZE"] == "2000000000"
+    assert float(given["NVFLARE_STREAMING_RETRY_TIMEOUT"]) >= 300
+    assert "NVFLARE_SECURE_LOGGING" not in settings_for("server", 0)  # it says whom it refused, and why
+
+
 @pytest.mark.parametrize("sites", [[], ["a", "a"], ["server"], ["A b"], ["localhost"]])
 def test_names_that_cannot_be_used(tmp_path, sites):
     with pytest.raises(InputError, match="--site"):
         provision("demo", "localhost", sites, tmp_path / "kits")
-
-
-class Stretches:
-    """Stands for the jobs of a run: each writes some rows and ends in some way."""
-
-    def __init__(self, folder, *ends):
-        self.folder, self.ends, self.done = folder, list(ends), 0
-
-    def __call__(self, admin, folder, wanted, shown):
-        (folder.path / ENDED).unlink(missing_ok=True)
-        count, ended = self.ends.pop(0)
-        for _ in range(count):
-            yield {"round": self.done}
-            self.done += 1
-        if ended is not None:
-            folder.write(ENDED, ended)
-        if ended == {"code": 0, "line": ""} and not self.ends:
-            folder.write("summary.json", {"rounds": self.done})
-
-
-@pytest.fixture
-def unfinished(tmp_path, monkeypatch):
-    (tmp_path / "kit").mkdir()
-    (tmp_path / "kit" / "federation.json").write_text('{"sites": ["site-a"]}')
-    run = RunFolder(tmp_path / "run")
-    run.path.mkdir()
-    engine = {"kind": "flare", "kit": str(tmp_path / "kit")}
-    data = {"test": "x.csv", "labels": ["a", "b"]}
-    partition = {"kind": "natural", "column": "site"}
-    run.write("config.json", {"engine": engine, "data": data, "partition": partition})
-    monkeypatch.setattr(remote, "_BACK_OFF_S", 0.0)
-    return run
-
-
-def test_a_run_is_followed_through_all_its_jobs(unfinished, monkeypatch):
-    good = {"code": 0, "line": ""}
-    stretches = Stretches(unfinished, (2, None), (1, {"code": 1, "line": "no client"}), (0, None), (3, good))
-    monkeypatch.setattr(remote, "_stretch", stretches)
-    rows = list(remote.follow(unfinished.path))
-    assert [row["round"] for row in rows[:-1]] == list(range(6))
-    assert rows[-1] == {"rounds": 6}
-
-
-def test_a_run_that_gets_nowhere_ends_with_what_the_job_said(unfinished, monkeypatch):
-    failing = (0, {"code": 1, "line": "round 0: no client gave a usable update"})
-    monkeypatch.setattr(remote, "_stretch", Stretches(unfinished, *[failing] * 5))
-    with pytest.raises(RunError, match="no client gave a usable update; 5 tries in a row"):
-        list(remote.follow(unfinished.path))
-
-
-def test_bad_input_that_a_job_finds_ends_the_run_at_once(unfinished, monkeypatch):
-    bad = {"code": 2, "line": "site = 'site-a': does not take part: data.label = 'x': unknown label"}
-    monkeypatch.setattr(remote, "_stretch", Stretches(unfinished, (0, bad)))
-    with pytest.raises(InputError, match="site = 'site-a': does not take part"):
-        list(remote.follow(unfinished.path))
-
-
-class FakeAdmin:
-    """A server that answers with what is left in its lists, and is not to be reached for an error."""
-
-    def __init__(self, idle=(), over=()):
-        self.told = {"idle": list(idle), "over": list(over)}
-
-    def _next(self, name, otherwise):
-        found = self.told[name].pop(0) if self.told[name] else otherwise
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def idle(self):
-        return self._next("idle", set())
-
-    def is_over(self, job):
-        return self._next("over", True)
-
-
-def watched(run, admin, monkeypatch, *events):
-    """The rows seen while events happen, one at each look; an event is a function."""
-    monkeypatch.setattr(remote, "_ASK_EVERY", 1)
-    waiting = list(events)
-    monkeypatch.setattr(remote.time, "sleep", lambda _: waiting.pop(0)() if waiting else None)
-    return list(remote._watch(admin, run, ["site-a", "site-b"], "job", 0))
-
-
-def test_a_server_that_does_not_answer_is_no_end_of_a_job(unfinished, monkeypatch):
-    held = []
-
-    def begin():
-        held.append(remote.durable.lock(unfinished.path))
-        unfinished.write(SITES, {})
-
-    def end():
-        unfinished.append("rounds.jsonl", [{"round": 1}])
-        unfinished.write(ENDED, {"code": 0, "line": ""})
-
-    away = [ConnectionError("away")] * 2
-    events = (begin, lambda: unfinished.append("rounds.jsonl", [{"round": 0}]), lambda: None, end)
-    rows = watched(unfinished, FakeAdmin(idle=away), monkeypatch, *events)
-    assert [row["round"] for row in rows] == [0, 1]
-
-
-def test_a_job_that_was_killed_has_let_go_of_the_run(unfinished, monkeypatch):
-    held = []
-
-    def begin():
-        held.append(remote.durable.lock(unfinished.path))
-        unfinished.write(SITES, {})
-
-    def die():
-        held.pop().release()
-
-    assert watched(unfinished, FakeAdmin(idle=[set()] * 2), monkeypatch, begin, lambda: None, die) == []
-    assert remote._why_it_ended(unfinished) == "the job was cut off"
-
-
-@pytest.mark.parametrize("second", ["site-b", "site-a"])
-def test_a_job_is_asked_to_end_for_a_site_that_stays_without_work(unfinished, monkeypatch, second):
-    held = []
-
-    def begin():
-        held.append(remote.durable.lock(unfinished.path))
-        unfinished.write(SITES, {})
-
-    def end():
-        assert (unfinished.path / PAUSE).exists() == (second == "site-b")
-        unfinished.write(ENDED, {"code": 0, "line": ""})
-
-    watched(unfinished, FakeAdmin(idle=[{"site-b"}, {second}]), monkeypatch, begin, lambda: None, end)

@@ -34,7 +34,7 @@ class Recorder:
 
     def __init__(self, engine, spoil=None):
         self.engine, self.spoil = engine, spoil or {}
-        self.down, self.up = 0, 0
+        self.down, self.up, self.pause_s = 0, 0, engine.pause_s
 
     @property
     def fuse(self):

@@ -6,16 +6,29 @@ import hashlib
 
 import pytest
 
+from polyrank import wire
+from polyrank.adapter import restrict
 from polyrank.assemble import prepare
 from polyrank.client import handle
 from polyrank.data.tokens import TextSizes
 from polyrank.engine.base import Client
 from polyrank.engine.flare import FlareEngine
 from polyrank.errors import InputError
-from polyrank.round import federated_round, make_task
+from polyrank.messages import EvaluateTask, Folds
+from polyrank.round import drawn_as, federated_round, make_task
 from polyrank.session import ClientError
-from polyrank.site import Site, SiteTable, check_readable, kept_aside, read_table, tokenizer_digest
+from polyrank.site import (
+    Limits,
+    Site,
+    SiteTable,
+    check_readable,
+    kept_aside,
+    read_table,
+    refuse_too_much,
+    tokenizer_digest,
+)
 from polyrank.wire import WireError, encode_task
+from tests.builders import random_adapter
 from tests.site_runs import MIXED, SITES, make_sites, site_config
 from tests.small_runs import small_config
 
@@ -175,6 +188,72 @@ def test_a_task_that_asks_for_more_than_the_limits_is_refused(folder, limits, re
         site.answer(request)
     with pytest.raises(WireError):
         site.answer(b"nonsense")
+
+
+def evaluation(state, mask, batch_size=4, **changes):
+    adapter = restrict(state.adapter, mask)
+    return EvaluateTask(0, "site-a", mask, adapter, state.head, batch_size, **changes)
+
+
+def test_limits_hold_for_evaluation_too(folder):
+    network = Direct(folder)
+    experiment = prepare(config_of(folder, "flare"), network)
+    state, site = experiment.start, network.sites["site-a"]
+    mask = experiment.federation.allocation.allocate(state, ["site-a"])["site-a"]
+
+    def needed(batch_size):
+        """The least memory that the site must allow for it, in GB."""
+        limits = Limits(max_memory_gb=1e-9)
+        with pytest.raises(ClientError, match="memory in GB") as caught:
+            refuse_too_much(evaluation(state, mask, batch_size), site.env, limits)
+        return float(str(caught.value).split()[4])
+
+    assert site.answer(encode_task(evaluation(state, mask)))
+    assert needed(12) > needed(1)
+    room = (needed(1) + needed(12)) / 2
+    site.table = site.table.model_copy(update={"limits": Limits(max_memory_gb=room)})
+    assert site.answer(encode_task(evaluation(state, mask, 1)))
+    with pytest.raises(ClientError, match="max_memory_gb"):
+        site.answer(encode_task(evaluation(state, mask, 12)))
+
+
+def test_limits_hold_for_folds_too(folder):
+    network = Direct(folder)
+    experiment = prepare(config_of(folder, "flare"), network)
+    state, env = experiment.start, network.sites["site-a"].env
+    mask = experiment.federation.allocation.allocate(state, ["site-a"])["site-a"]
+    shapes = {name: (f.B.shape[0], f.A.shape[1]) for name, f in state.adapter.modules.items()}
+    folds = Folds(0, [random_adapter(0, 9, shapes=shapes)] * 40)
+    task = evaluation(state, mask, folds=folds)
+    with pytest.raises(ClientError, match="rank 9 is more than limits.max_rank, 8"):
+        refuse_too_much(task, env, Limits(max_rank=8))
+    room = Limits(max_memory_gb=4e-9 * 40 * folds.adapters[0].num_parameters())  # for the folds alone
+    refuse_too_much(evaluation(state, mask), env, room)
+    with pytest.raises(ClientError, match="max_memory_gb"):
+        refuse_too_much(task, env, room)
+
+
+@pytest.mark.parametrize("grown", ["sent", "drawn"])
+def test_a_request_that_takes_too_much_memory_is_not_even_read(folder, monkeypatch, grown):
+    network = Direct(folder)
+    experiment = prepare(config_of(folder, "flare", "plain", "method=ffa"), network)
+    fed, state, site = experiment.federation, experiment.start, network.sites["site-a"]
+    mask = fed.allocation.allocate(state, ["site-a"])["site-a"]
+    request = encode_task(make_task(fed, state, mask, "site-a", drawn_as(fed, state)))
+    assert b"drawn" in request
+    limits = Limits(max_memory_gb=0.01)
+    if grown == "sent":
+        limits = Limits(max_memory_gb=(len(request) - 1) / 1e9)
+    else:  # the same task, whose A would be drawn with a million columns
+        meaning, tensors = wire._decode(request)
+        meaning["modules"] = [
+            [name, out, 10**6, scale, slots] for name, out, _, scale, slots in meaning["modules"]
+        ]
+        request = wire._encode(meaning, tensors)
+    site.table = site.table.model_copy(update={"limits": limits})
+    monkeypatch.setattr("polyrank.site.decode_task", None)  # it would fail in another way
+    with pytest.raises(ClientError, match="max_memory_gb"):
+        site.answer(request)
 
 
 def test_how_a_tokenizer_was_called_last_does_not_change_its_digest(folder):

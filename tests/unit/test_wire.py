@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from polyrank import wire
 from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
 from polyrank.gate import decode_scores, decode_update
-from polyrank.messages import ClientScores, EvaluateTask, Training, TrainTask
+from polyrank.messages import ClientScores, EvaluateTask, Folds, Training, TrainTask
 from polyrank.wire import (
     WireError,
     decode_task,
@@ -172,3 +173,14 @@ def test_a_task_with_a_lying_header_is_refused():
     lying = sealed(lying[16:])
     with pytest.raises(WireError, match="expected float32"):
         decode_task(lying)
+
+
+@pytest.mark.parametrize("slots", [10**13, -4])
+def test_a_fold_with_a_lying_header_takes_no_memory(slots):
+    bank = random_adapter(3, 4)
+    task = dataclasses.replace(train_task(), folds=Folds(0, [bank]))
+    meaning, tensors = wire._decode(encode_task(task))
+    for row in meaning["folds"]["modules"][0]:
+        row[4] = slots
+    with pytest.raises(WireError):
+        decode_task(wire._encode(meaning, tensors))

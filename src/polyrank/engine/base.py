@@ -36,11 +36,15 @@ class Engine(Protocol):
     """Carries requests to clients and answers back.
 
     ``fuse`` is how many requests in a row are answered together, so that the last bits of one answer depend
-    on the others; 1 where each stands for itself.
+    on the others; 1 where each stands for itself. ``pause_s`` is how long failed clients are given, from one
+    wave of requests to the next, and twice as long each time; 0 where waiting mends nothing.
     """
 
     @property
     def fuse(self) -> int: ...
+
+    @property
+    def pause_s(self) -> float: ...
 
     def clients(self) -> Sequence[Client]:
         """The population, in a fixed order."""

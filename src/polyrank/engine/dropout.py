@@ -30,6 +30,10 @@ class Dropout:
     def fuse(self) -> int:
         return self.engine.fuse
 
+    @property
+    def pause_s(self) -> float:
+        return self.engine.pause_s
+
     def clients(self) -> Sequence[Client]:
         """The population, in a fixed order."""
         return self.engine.clients()

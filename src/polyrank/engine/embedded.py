@@ -28,6 +28,7 @@ class EmbeddedEngine:
 
     environments: Mapping[ClientId, ClientEnv]
     fuse: int = 1
+    pause_s: float = 0.0
 
     def clients(self) -> Sequence[Client]:
         """The population, in a fixed order."""

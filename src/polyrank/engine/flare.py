@@ -9,15 +9,18 @@ it, and if it came as an answer to something else, the gate would know by its ro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Protocol, TypeVar
 
 from polyrank.engine.base import Answer, Client
 from polyrank.errors import first_line
 from polyrank.messages import ClientId
 
+Result = TypeVar("Result")
 AT_ONCE = 32
 """Requests on their way at the same time, so that those of a large cohort never exist at once."""
 
@@ -52,21 +55,28 @@ class FlareEngine:
     deadline_s: float
     aborted: type[Exception]
     fuse: int = 1
+    pause_s: float = 5.0
 
     def clients(self) -> Sequence[Client]:
         """The population, in a fixed order."""
         return self.population
 
     def exchange(self, requests: Iterable[tuple[ClientId, bytes]]) -> Iterator[Answer]:
-        """One answer per request, as they come."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting: set[Future[Answer]] = set()
+        """One answer per request, as they come; none is waited for after its deadline."""
+        asked: list[ClientId] = []
+
+        def calls() -> Iterator[Callable[[], Answer]]:
             for client, request in requests:
-                waiting.add(pool.submit(self._ask, client, request))
-                if len(waiting) >= AT_ONCE:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            yield from (future.result() for future in as_completed(waiting))
+                asked.append(client)
+                yield partial(self._ask, client, request)
+
+        for number, outcome in side_by_side(calls(), self.deadline_s):
+            if isinstance(outcome, Answer):
+                yield outcome
+            elif isinstance(outcome, TimeoutError):
+                yield Answer(asked[number], None, self.deadline_s, str(outcome))
+            else:
+                raise outcome
 
     def _ask(self, client: ClientId, request: bytes) -> Answer:
         start = time.perf_counter()
@@ -87,3 +97,41 @@ class FlareEngine:
 
     def close(self) -> None:
         """Nothing to let go of: FLARE ends its own job."""
+
+
+def side_by_side(
+    calls: Iterable[Callable[[], Result]], within_s: float
+) -> Iterator[tuple[int, Result | Exception]]:
+    """Make calls at the same time; yields the number of each, and what it returned or raised, as they end.
+
+    FLARE's own timeout begins anew with every byte, so a site that sends one now and then is never late for
+    it. Here a call that takes longer ends in a TimeoutError; its thread is left behind and dies with the job.
+
+    Args:
+        calls: taken one by one, while fewer than `AT_ONCE` are under way.
+    """
+    ended: SimpleQueue[tuple[int, Result | Exception]] = SimpleQueue()
+    due: dict[int, float] = {}  # in the order in which they began, so that the first is due first
+
+    def make(number: int, call: Callable[[], Result]) -> None:
+        try:
+            ended.put((number, call()))
+        except Exception as failure:
+            ended.put((number, failure))
+
+    def one() -> Iterator[tuple[int, Result | Exception]]:
+        first = next(iter(due))
+        try:
+            number, outcome = ended.get(timeout=max(0.0, due[first] - time.monotonic()))
+        except Empty:
+            number, outcome = first, TimeoutError(f"no answer within {within_s:g} s")
+        if due.pop(number, None) is not None:  # else it was given up before
+            yield number, outcome
+
+    for number, call in enumerate(calls):
+        due[number] = time.monotonic() + within_s
+        Thread(target=make, args=(number, call), daemon=True).start()
+        while len(due) >= AT_ONCE:
+            yield from one()
+    while due:
+        yield from one()

@@ -51,6 +51,7 @@ class WorkerEngine:
     environments: Mapping[ClientId, ClientEnv]
     count: int
     fuse: int = 1
+    pause_s: float = 0.0
     workers: list[Worker] = field(default_factory=list)
     home: dict[ClientId, Worker] = field(default_factory=dict)
 
