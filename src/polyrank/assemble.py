@@ -14,7 +14,7 @@ import torch
 
 from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, restrict
 from polyrank.aggregation import Rule, Stacking
-from polyrank.allocation import Legend, LossBased, Tiers
+from polyrank.allocation import Legend, LossBased, Tiers, Uniform
 from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
@@ -222,7 +222,7 @@ def _start(config: Config, fed: Federation, state: ServerState, folds: int) -> S
         devices = {client: record.device for client, record in records.items()}
         config.allocation.ranks(list(records), config.seed, devices)  # refuses unknown names
     state = replace(state, clients=records)
-    if isinstance(config.allocation, Legend) and config.voting is not None:
+    if config.voting is not None and isinstance(config.allocation, Legend | Uniform):
         state = replace(state, active=config.allocation.opening(state))
     if fed.clock is not None and config.fleet is not None and not config.fleet.ignore_memory:
         _refuse_what_does_not_fit(fed, fed.clock, state)

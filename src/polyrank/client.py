@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 from polyrank.adapter import fingerprint
 from polyrank.evaluation import evaluate
@@ -66,7 +67,9 @@ def _group(place: int, task: TrainTask, env: ClientEnv) -> Hashable:
     trains_inside = any(name.startswith(inside) for name in env.model.head_modules)
     if training.adapter_dropout > 0 or training.base_dropout or trains_inside:
         return place
-    return training.model_dump_json(), task.ballot, session_depth(task, env)
+    # each client votes for a number of its own
+    ballot = None if task.ballot is None else replace(task.ballot, budget=0)
+    return training.model_dump_json(), ballot, session_depth(task, env)
 
 
 def score(task: EvaluateTask, env: ClientEnv) -> ClientScores:

@@ -52,7 +52,7 @@ from polyrank.received import Received, Updates
 from polyrank.sampling import Sampling, SecretSampling, spare_clients
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState, version
-from polyrank.voting import RankShares, Voting, vote_shares
+from polyrank.voting import RankShares, Voting, last_known, vote_shares
 from polyrank.wire import (
     ALL_PARTS,
     WireError,
@@ -217,9 +217,7 @@ def make_task(
         training_at(fed.training, state.round, fed.rounds),
         _missed(state, client),
         drawn,
-        None
-        if fed.voting is None
-        else fed.voting.ballot(state.adapter, state.active, state.round, fed.rounds),
+        None if fed.voting is None else fed.voting.ballot(state, mask, fed.rounds),
     )
 
 
@@ -330,7 +328,8 @@ def _vote(
         return state.active, state.shares
     votes = [one.votes for one in learned if one.votes is not None]
     weights = [float(one.num_examples) for one in learned]
-    shares = vote_shares(state.active, [one.mask for one in learned], votes, weights)
+    now = vote_shares(state.active, [one.mask for one in learned], votes, weights)
+    shares = last_known(now, state.shares)
     return fed.voting.arbitrate(bank, state.active, shares, state.round, fed.rounds), shares
 
 
