@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from polyrank.adapter import fingerprint
+from polyrank.adapter import fingerprint, num_slots
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
 from polyrank.messages import ClientScores, EvaluateTask, Folds, TrainTask
@@ -48,6 +48,8 @@ def answer_together(
             task = decode_task(request)
             catch_up(env.model, env.folds, task.folds)
             if isinstance(task, TrainTask):
+                if not task.head and not num_slots(task.trained):
+                    raise ClientError("the task has nothing to train: no slot and no head")
                 groups.setdefault(_group(place, task, env), []).append((place, task))
             else:
                 answers[place] = encode_scores(score(task, env))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -149,6 +150,8 @@ def federated_round(
     first_wave = population if everybody else cohort
     spares = spare_clients(population, state.seed, state.round)
     plan = dict(fed.allocation.allocate(state, first_wave))
+    if not everybody:
+        first_wave = cohort = with_work(fed, state, plan, cohort, spares)
     drawn, base = drawn_as(fed, state), version(state)
 
     def task(client: ClientId) -> TrainTask:
@@ -178,6 +181,35 @@ def federated_round(
     return after, RoundRecord(
         state.round, rate, apart, replies, active, budget, simulated_s, notes, fed.private
     )
+
+
+def with_work(
+    fed: Federation,
+    state: ServerState,
+    plan: dict[ClientId, RankMask],
+    cohort: Sequence[ClientId],
+    spares: Sequence[ClientId],
+) -> list[ClientId]:
+    """The cohort, with another in the place of a client to whom votes have left nothing to train.
+
+    Args:
+        plan: gains the slots of those who are looked at.
+
+    Raises: RunError when no client has anything to train.
+    """
+    if fed.voting is None or state.head:
+        return list(cohort)
+
+    def works(client: ClientId) -> bool:
+        if client not in plan:
+            plan.update(fed.allocation.allocate(state, [client]))
+        return num_slots(plan[client]) > 0
+
+    others = (client for client in spares if client not in cohort)
+    found = list(islice(filter(works, chain(cohort, others)), len(cohort)))
+    if not found:
+        raise RunError(f"round {state.round}: no client holds a slot that is still active")
+    return found
 
 
 def merge(

@@ -22,6 +22,7 @@ from polyrank.adapter import (
 from polyrank.aggregation import Anchored, LayerWise, ReplicationPadding
 from polyrank.allocation import Legend, Uniform
 from polyrank.assemble import prepare
+from polyrank.errors import RunError
 from polyrank.gate import decode_update
 from polyrank.importance import Scores, highest
 from polyrank.messages import Training
@@ -202,6 +203,41 @@ def test_a_cohort_that_does_not_hold_a_slot_leaves_its_share_as_it_was():
         state = dataclasses.replace(state, seed=state.seed + 1)
     after, _ = federated_round(alone, state)
     assert all(torch.equal(after.shares[name], known) for name, known in before.items())
+
+
+@pytest.mark.parametrize("deep", [2, 1, 0])
+def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
+    experiment = prepare(small_config(tmp_path, "causal", "method=legend+fedara", "fleet.name=edge3"))
+    fed, state = experiment.federation, experiment.start
+    blocks = block_numbers(state.active)
+    active = {name: held & (blocks[name] == 0) for name, held in state.active.items()}
+    shares = {name: torch.ones(held.numel(), dtype=torch.float64) for name, held in active.items()}
+    clients = {
+        name: dataclasses.replace(one, capacity=Capacity(1, 0.01, 0.1, 0.001, 2 if place < deep else 1))
+        for place, (name, one) in enumerate(state.clients.items())
+    }
+    state = dataclasses.replace(state, active=active, shares=shares, clients=clients, round=1)
+    try:
+        if deep == 0:
+            with pytest.raises(RunError, match="round 1: no client holds a slot that is still active"):
+                federated_round(fed, state)
+            return
+        _, record = federated_round(fed, state)
+        assert {reply.client for reply in record.replies} == set(list(clients)[:deep])
+        assert all(reply.error is None for reply in record.replies)
+    finally:
+        fed.engine.close()
+
+
+def test_a_classifier_whose_slots_were_all_voted_out_trains_its_head_and_has_no_votes_left():
+    fed, state = unequal("top", 1)
+    blocks = block_numbers(state.active)
+    active = {name: held & (blocks[name] == 0) for name, held in state.active.items()}
+    shares = {name: torch.ones(held.numel(), dtype=torch.float64) for name, held in active.items()}
+    after, record = federated_round(fed, dataclasses.replace(state, active=active, shares=shares, round=4))
+    assert [reply.slots for reply in record.replies] == [9, 0, 0, 0]
+    assert [num_slots(one.votes) for one in record.learned] == [6, 0, 0, 0]
+    assert by_block(after.active) == [6, 0]
 
 
 @pytest.mark.parametrize("allocation", [Uniform(depth=1), Uniform(depth="weakest")])
