@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +49,7 @@ from polyrank.messages import (
     training_at,
 )
 from polyrank.received import Received, Updates
-from polyrank.sampling import Sampling, SecretSampling, spare_clients
+from polyrank.sampling import Sampling, SecretSampling, spare_clients, with_work
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState, version
 from polyrank.voting import RankShares, Voting, last_known, vote_shares
@@ -150,8 +149,12 @@ def federated_round(
     first_wave = population if everybody else cohort
     spares = spare_clients(population, state.seed, state.round)
     plan = dict(fed.allocation.allocate(state, first_wave))
-    if not everybody:
-        first_wave = cohort = with_work(fed, state, plan, cohort, spares)
+
+    def works(client: ClientId) -> bool:
+        if client not in plan:
+            plan.update(fed.allocation.allocate(state, [client]))
+        return bool(state.head) or num_slots(plan[client]) > 0
+
     drawn, base = drawn_as(fed, state), version(state)
 
     def task(client: ClientId) -> TrainTask:
@@ -164,6 +167,8 @@ def federated_round(
 
     with contextlib.closing(Received(task, journal)) as received:
         try:
+            if fed.voting is not None and not everybody:  # votes may have left a client nothing to train
+                first_wave = cohort = with_work(cohort, spares, works)
             if fed.private:  # a cohort is who was drawn: to replace one that failed would tell of the data
                 replies = collect(fed.engine, cohort, received)
             else:
@@ -181,35 +186,6 @@ def federated_round(
     return after, RoundRecord(
         state.round, rate, apart, replies, active, budget, simulated_s, notes, fed.private
     )
-
-
-def with_work(
-    fed: Federation,
-    state: ServerState,
-    plan: dict[ClientId, RankMask],
-    cohort: Sequence[ClientId],
-    spares: Sequence[ClientId],
-) -> list[ClientId]:
-    """The cohort, with another in the place of a client to whom votes have left nothing to train.
-
-    Args:
-        plan: gains the slots of those who are looked at.
-
-    Raises: RunError when no client has anything to train.
-    """
-    if fed.voting is None or state.head:
-        return list(cohort)
-
-    def works(client: ClientId) -> bool:
-        if client not in plan:
-            plan.update(fed.allocation.allocate(state, [client]))
-        return num_slots(plan[client]) > 0
-
-    others = (client for client in spares if client not in cohort)
-    found = list(islice(filter(works, chain(cohort, others)), len(cohort)))
-    if not found:
-        raise RunError(f"round {state.round}: no client holds a slot that is still active")
-    return found
 
 
 def merge(

@@ -17,6 +17,7 @@ from polyrank.errors import InputError
 from polyrank.experiment import run
 from polyrank.generation import exact_match, final_number, respond
 from polyrank.lowrank import installed
+from polyrank.speak import speak
 from tests.conftest import tiny_speaker
 from tests.small_runs import METHODS, small_config
 from tests.unit.test_packing import strong_adapter
@@ -193,6 +194,11 @@ def test_a_run_and_generate_take_prompts_of_any_length(inputs, tmp_path, monkeyp
     path = run(small_config(inputs, "causal", *given), tmp_path / "run").path
     said = command(monkeypatch, capsys, "generate", path, "--prompt", "word3 " * 90, "--max-new-tokens", "4")
     assert len(said.splitlines()) == 1
+    asked = []
+    monkeypatch.setattr("polyrank.speak.respond", lambda *given: asked.append(given) or ["yes"])
+    assert speak(path, ["word3"], 4) == ["yes"]
+    assert asked[0][3:] == (4, 30)  # new tokens, and model.max_length
+    monkeypatch.undo()
     words = ["generate", str(path), "--prompt", "word3", "--max-new-tokens", "50"]
     monkeypatch.setattr(sys, "argv", ["polyrank", *words])
     with pytest.raises(SystemExit) as end:

@@ -162,6 +162,16 @@ def test_a_plan_that_fits_at_first_and_not_later_is_refused(inputs, tmp_path, wa
     assert result.summary["over_memory"] == sum(row["over_memory"] for row in rows) > 0
 
 
+def test_recomputed_blocks_take_less_memory_and_more_time_on_every_device(inputs):
+    given = ["fleet.name=edge3", "training.batch_size=16"]
+    once = make_plan(small_config(inputs, "causal", *given))
+    twice = make_plan(small_config(inputs, "causal", *given, "model.gradient_checkpointing=true"))
+    for device, row in once["classes"].items():
+        assert twice["classes"][device]["memory_bytes"] < row["memory_bytes"]
+        assert twice["classes"][device]["compute_s"] > row["compute_s"]
+    assert small_config(inputs, "causal", "method=legend", *given, "model.gradient_checkpointing=true")
+
+
 def test_a_plan_needs_a_fleet():
     with pytest.raises(InputError, match="fleet = None: must be given for a plan"):
         make_plan(load_config(None, []))
