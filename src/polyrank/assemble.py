@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from polyrank.adapter import Adapter, embed, fingerprint, full_mask, new_adapter, restrict
+from polyrank.adapter import Adapter, RankMask, embed, fingerprint, full_mask, new_adapter, restrict
 from polyrank.aggregation import Rule, Stacking
-from polyrank.allocation import Legend, LossBased, Tiers
+from polyrank.allocation import Legend, LossBased, Tiers, Uniform
 from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
@@ -45,6 +45,7 @@ from polyrank.seed import seed_for
 from polyrank.session import ClientEnv
 from polyrank.site import Terms, terms_of
 from polyrank.state import ClientRecord, ServerState
+from polyrank.voting import best_slots
 
 SCORES = "client_scores.jsonl"
 JOURNAL = "journal"
@@ -211,7 +212,7 @@ def _start(config: Config, fed: Federation, state: ServerState, folds: int) -> S
     Args:
         folds: how many of the state's folds the devices have already.
 
-    Raises: InputError when a tier names what is not there, or a device has no room for its first session.
+    Raises: InputError when a tier names what is not there, or a device has no room for its largest session.
     """
     records = {client.id: ClientRecord(folds) for client in fed.engine.clients()}
     if fed.clock is not None:
@@ -223,7 +224,7 @@ def _start(config: Config, fed: Federation, state: ServerState, folds: int) -> S
         devices = {client: record.device for client, record in records.items()}
         config.allocation.ranks(list(records), config.seed, devices)  # refuses unknown names
     state = replace(state, clients=records)
-    if isinstance(config.allocation, Legend) and config.voting is not None:
+    if config.voting is not None and isinstance(config.allocation, Legend | Uniform):
         state = replace(state, active=config.allocation.opening(state))
     if fed.clock is not None and config.fleet is not None and not config.fleet.ignore_memory:
         _refuse_what_does_not_fit(fed, fed.clock, state)
@@ -231,14 +232,25 @@ def _start(config: Config, fed: Federation, state: ServerState, folds: int) -> S
 
 
 def _refuse_what_does_not_fit(fed: Federation, clock: Clock, state: ServerState) -> None:
-    plan = fed.allocation.allocate(state, list(state.clients))
+    """Look at the first plan, and at the largest that may come later."""
+    clients, last = list(state.clients), replace(state, round=fed.rounds - 1)
+    _refuse_sessions(fed, clock, state, fed.allocation.allocate(state, clients), "")
+    plan = fed.allocation.allocate(last, clients)
+    if isinstance(fed.allocation, LossBased):  # nobody knows yet whose loss will be the least
+        plan = dict.fromkeys(clients, best_slots(last, fed.allocation.max_rank))
+    _refuse_sessions(fed, clock, last, plan, " later in the run")
+
+
+def _refuse_sessions(
+    fed: Federation, clock: Clock, state: ServerState, plan: Mapping[ClientId, RankMask], when: str
+) -> None:
     for client, record in state.clients.items():
         priced = clock.price(make_task(fed, state, plan[client], client), record, 0, 0)
         if not priced.fits:
             needs, has = (f"{size / 1e9:.2f} GB" for size in (priced.cost.memory_bytes, priced.limit_bytes))
             allowed = (
-                f"cannot fit: {client} ({priced.device}) needs {needs} for {priced.depth} blocks, and may "
-                f"take {has}; adapt fewer blocks, lower training.batch_size, or set fleet.ignore_memory"
+                f"cannot fit: {client} ({priced.device}) needs {needs} for {priced.depth} blocks{when}, and "
+                f"may take {has}; adapt fewer blocks, lower training.batch_size, or set fleet.ignore_memory"
             )
             raise InputError("allocation.kind", fed.allocation.kind, allowed)
 

@@ -150,6 +150,7 @@ def calibrate(model: BaseModel, cache: PrefixCache | None, memory_gb: float, com
         launch_s=launch_s,
         memory_gb=memory_gb,
         usable_share=0.8,
+        cuda=model.device.type == "cuda",
         modes=(Mode(name="measured", speed=1.0, compute_w=compute_w),),
     )
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
-from polyrank.adapter import fingerprint
+from polyrank.adapter import fingerprint, num_slots
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
 from polyrank.messages import ClientScores, EvaluateTask, Folds, TrainTask
@@ -47,6 +48,8 @@ def answer_together(
             task = decode_task(request)
             catch_up(env.model, env.folds, task.folds)
             if isinstance(task, TrainTask):
+                if not task.head and not num_slots(task.trained):
+                    raise ClientError("the task has nothing to train: no slot and no head")
                 groups.setdefault(_group(place, task, env), []).append((place, task))
             else:
                 answers[place] = encode_scores(score(task, env))
@@ -66,7 +69,9 @@ def _group(place: int, task: TrainTask, env: ClientEnv) -> Hashable:
     trains_inside = any(name.startswith(inside) for name in env.model.head_modules)
     if training.adapter_dropout > 0 or training.base_dropout or trains_inside:
         return place
-    return training.model_dump_json(), task.ballot, session_depth(task, env)
+    # each client votes for a number of its own
+    ballot = None if task.ballot is None else replace(task.ballot, budget=0)
+    return training.model_dump_json(), ballot, session_depth(task, env)
 
 
 def score(task: EvaluateTask, env: ClientEnv) -> ClientScores:

@@ -215,11 +215,8 @@ class Config(Schema):
             raise InputError("training.sparse_rounds", rounds, allowed)
 
     def _model_fits(self) -> None:
-        """Refuse what would add to weights of few bits, and prices of what is done twice."""
+        """Refuse what would add to weights of few bits."""
         bits = self.model.quantize
-        if self.model.gradient_checkpointing and self.fleet is not None:
-            allowed = "must be false where a fleet is given: no device's price knows of it"
-            raise InputError("model.gradient_checkpointing", True, allowed)
         if bits is None:
             return
         if self.task != "causal_lm":

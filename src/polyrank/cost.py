@@ -20,7 +20,7 @@ or long after from the rows of its folder. Letters: N tokens and B texts of one 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from polyrank.device import Setup
 from polyrank.models.shape import Map, ModelShape
@@ -139,20 +139,16 @@ def forward(work: Workload) -> Demand:
     """The forward part of all steps, the adapters' included."""
     if work.skipped > min([lowest_block(work), *_frozen_blocks(work)], default=0):
         raise ValueError("a block that holds an adapter cannot be taken from a stored prefix")
-    total = _blocks_forward(work)
-    for one in work.shape.maps:
-        rank, rows = _held(work, one), _rows(work, one)
-        if rank:
-            width = one.inputs + one.outputs
-            moved = WORD * rows * (one.inputs + 6 * one.outputs + 2 * rank)
-            total += Demand(2 * rank * width * rows, moved, ADAPTER_OPERATIONS[0] * work.steps)
+    total = _blocks_forward(work, work.skipped) + _adapters_forward(work)
     head = 2.0 * work.shape.head_parameters * work.texts
     return total + _output(work) + Demand(head, 0.0, STEP_OPERATIONS * work.steps)
 
 
 def backward(work: Workload) -> Demand:
-    """The backward part of all steps and the optimiser."""
+    """The backward part of all steps and the optimiser; blocks that are computed again, too."""
     lowest, total = lowest_block(work), Demand()
+    if work.shape.recomputes:
+        total = _again(work, lowest)
     for block in range(lowest, work.shape.blocks):
         total += Demand(0.0, 0.0, BLOCK_OPERATIONS[1] * work.steps)
         if block > lowest or _learns_attention(work, lowest):
@@ -178,14 +174,14 @@ def stored(work: Workload) -> Demand:
     """Computing, once, the prefix that later steps and sessions take from store."""
     if not work.stored_tokens:
         return Demand()
-    per_text = work.tokens / max(1, work.texts)
+    per_text = _per_text(work)
     texts = work.stored_tokens / max(1.0, per_text)
     batches = max(1.0, texts / 32)
     shape = work.shape
     total = Demand(0.0, 0.0, STEP_OPERATIONS * batches)
     for one in shape.maps:
         if one.block < work.skipped:
-            moved = WORD * work.stored_tokens * (one.inputs + 3 * one.outputs)
+            moved = work.shape.word * work.stored_tokens * (one.inputs + 3 * one.outputs)
             total += Demand(2.0 * one.outputs * one.inputs * work.stored_tokens, moved, 0.0)
     for _ in range(work.skipped):
         flop = 4.0 * work.stored_tokens * per_text * shape.hidden
@@ -227,16 +223,19 @@ def kept_bytes(work: Workload) -> float:
         rows, rank = _rows(work, one) / steps, work.ranks.get(one.name, 0)
         first = one.block == lowest and ((one.enters and _learns_attention(work, lowest)) or rank > 0)
         if one.block > lowest or first or (one.block == lowest and _passes_gradient(work, one, lowest)):
-            total += rows * (
-                one.outputs + one.gates
-            )  # what follows it keeps its input: attention, activation or norm
+            total += rows * one.keeps  # what follows it keeps its input: attention, activation or norm
         if rank:
             shared = one.enters and (one.block, rows) in read  # queries, keys and values read one tensor
             total += rows * (rank + (0 if shared else one.inputs))
             read |= {(one.block, rows)} if one.enters else set()
-    tokens = sum(_read_rows(work, block) for block in range(lowest, work.shape.blocks))
-    total += tokens / steps * work.shape.hidden  # what leaves attention
-    return work.shape.word * total + WORD * work.asked / steps * work.shape.vocabulary  # log probabilities
+    running = work.shape.blocks - lowest
+    tokens = sum(_read_rows(work, block) for block in range(lowest, work.shape.blocks)) / steps
+    leaving = work.shape.hidden  # attention, where that is fused, and else scores
+    total += tokens * (work.shape.scores * _per_text(work) if work.shape.scores else leaving)
+    if work.shape.recomputes and running:  # what enters each block, and the rest of one of them at a time
+        total = work.tokens / steps * work.shape.hidden * running + total / running
+    spoken = work.asked / steps * work.shape.vocabulary  # log probabilities
+    return work.shape.word * (total + spoken * work.shape.capped) + WORD * spoken
 
 
 def _passing_bytes(work: Workload) -> float:
@@ -246,13 +245,37 @@ def _passing_bytes(work: Workload) -> float:
     return 2.0 / max(1, work.steps) * max(work.shape.word * work.tokens * widest, spoken)
 
 
-def _blocks_forward(work: Workload) -> Demand:
-    """The frozen maps and attention of the blocks that run."""
+def _adapters_forward(work: Workload) -> Demand:
+    """The low-rank products of all adapters."""
     total = Demand()
-    for block in range(work.skipped, work.shape.blocks):
+    for one in work.shape.maps:
+        rank, rows = _held(work, one), _rows(work, one)
+        if rank:
+            width = one.inputs + one.outputs
+            moved = WORD * rows * (one.inputs + 6 * one.outputs + 2 * rank)
+            total += Demand(2 * rank * width * rows, moved, ADAPTER_OPERATIONS[0] * work.steps)
+    return total
+
+
+def _again(work: Workload, lowest: int) -> Demand:
+    """The second pass of blocks that are computed again, without maps that lead to nothing that is kept."""
+    last = {one.block: one for one in work.shape.maps}
+    maps = [
+        one
+        for one in work.shape.maps
+        if _held(work, one) or (last[one.block] is not one and (one.block > lowest or not one.beside))
+    ]
+    again = replace(work, shape=replace(work.shape, maps=maps))
+    return _blocks_forward(again, lowest) + _adapters_forward(again)
+
+
+def _blocks_forward(work: Workload, first: int) -> Demand:
+    """The frozen maps and attention of the blocks from ``first`` upward."""
+    total = Demand()
+    for block in range(first, work.shape.blocks):
         total += Demand(0.0, 0.0, BLOCK_OPERATIONS[0] * work.steps) + _attention(work, block, 1)
     for one in work.shape.maps:
-        if one.block >= work.skipped:
+        if one.block >= first:
             rows = _rows(work, one)
             total += Demand(2.0 * one.outputs * one.inputs * rows, _traffic(work, one, rows))
     return total
@@ -261,19 +284,24 @@ def _blocks_forward(work: Workload) -> Demand:
 def _output(work: Workload) -> Demand:
     """A language model's frozen output layer: once forward, and once for the gradient of what enters it."""
     size = work.shape.vocabulary * work.shape.hidden
-    moved = work.steps * size + work.asked * (work.shape.hidden + 3 * work.shape.vocabulary)
-    return Demand(2.0 * size * work.asked, WORD * moved if work.asked else 0.0)
+    rows = WORD * work.asked * (work.shape.hidden + 3 * work.shape.vocabulary)
+    return Demand(2.0 * size * work.asked, rows + work.shape.word * work.steps * size if work.asked else 0.0)
 
 
 def _attention(work: Workload, block: int, times: int) -> Demand:
     """Scores and weighted values of one block: every query meets T keys."""
-    per_text = work.tokens / max(1, work.texts)
-    return Demand(times * 4.0 * _read_rows(work, block) * per_text * work.shape.hidden)
+    return Demand(times * 4.0 * _read_rows(work, block) * _per_text(work) * work.shape.hidden)
+
+
+def _per_text(work: Workload) -> float:
+    """Tokens of a text."""
+    return work.tokens / max(1, work.texts)
 
 
 def _traffic(work: Workload, one: Map, rows: float) -> float:
     """Bytes that a frozen map and what follows it read and write: weights once per step, rows in and out."""
-    return WORD * (work.steps * one.inputs * one.outputs + rows * (one.inputs + 3 * one.outputs))
+    weights = work.shape.map_word * work.steps * one.inputs * one.outputs
+    return weights + work.shape.word * rows * (one.inputs + 3 * one.outputs)
 
 
 def _rows(work: Workload, one: Map) -> float:
@@ -301,11 +329,14 @@ def _learns_attention(work: Workload, block: int) -> bool:
 
 
 def _passes_gradient(work: Workload, one: Map, lowest: int) -> bool:
-    """Whether the gradient of a map's input is needed: in the lowest block, only after an adapter."""
+    """Whether the gradient of a map's input is needed: in the lowest block, only after an adapter.
+
+    An MLP beside attention does not come after its maps.
+    """
     if one.block > lowest:
         return True
     if one.enters:
         return False
-    names = [other for other in work.shape.maps if other.block == lowest]
-    before = names[: names.index(one)]
+    names = [other for other in work.shape.maps if other.block == lowest and other.beside == one.beside]
+    before = [*names[: names.index(one)], *(other for other in names if other.enters)]
     return any(work.ranks.get(other.name) for other in before) or lowest == work.shape.head_block

@@ -51,6 +51,8 @@ class Device(Schema):
     launch_s: Annotated[float, Field(ge=0)]
     memory_gb: Positive
     usable_share: Share
+    cuda: bool = False
+    """Whether weights of 4 bits run there."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)]
 
     @property

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from polyrank.adapter import Adapter
-from polyrank.data.instructions import prompt_ids
+from polyrank.data.instructions import cut_prompt, prompt_ids
 from polyrank.data.texts import Turns
+from polyrank.errors import InputError
 from polyrank.evaluation import precision
 from polyrank.lowrank import installed
 from polyrank.models.load import BaseModel, quiet
@@ -19,20 +20,40 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def respond(
-    model: BaseModel, adapter: Adapter, prompts: Sequence[Turns], max_new_tokens: int, batch_size: int = 8
+    model: BaseModel,
+    adapter: Adapter,
+    prompts: Sequence[Turns],
+    max_new_tokens: int,
+    max_length: int | None = None,
+    batch_size: int = 8,
 ) -> list[str]:
     """What base model + adapter say to some prompts, always the likeliest next token.
 
     Args:
         max_new_tokens: where a response is cut that does not end by itself.
+        max_length: tokens of a prompt; a longer one loses its beginning as in training, and so does one that
+            leaves the response no room among the model's positions.
         batch_size: prompts that go through the model together, padded on the left.
+
+    Raises: InputError when so many new tokens leave a prompt no room at all.
     """
-    said = list[str]()
+    said, room, bos = list[str](), _room(model, max_new_tokens, max_length), model.tokenizer.bos_token_id
     with installed(model.network, [adapter]), torch.inference_mode(), precision(model.device), quiet():
         for start in range(0, len(prompts), batch_size):
             rows = prompt_ids(prompts[start : start + batch_size], model.tokenizer)
-            said += _continued(model, rows, max_new_tokens)
+            said += _continued(model, [cut_prompt(row, room, bos) for row in rows], max_new_tokens)
     return said
+
+
+def _room(model: BaseModel, max_new_tokens: int, max_length: int | None) -> int | None:
+    """Tokens that a prompt may have; None without any limit."""
+    positions: int | None = getattr(model.network.config, "max_position_embeddings", None)
+    if positions is None:
+        return max_length
+    if max_new_tokens >= positions:
+        allowed = f"at most {positions - 1}, which leaves a prompt one of the model's {positions} positions"
+        raise InputError("max_new_tokens", max_new_tokens, allowed)
+    return min(positions - max_new_tokens, max_length or positions)
 
 
 def _continued(model: BaseModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:

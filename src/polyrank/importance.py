@@ -69,6 +69,8 @@ def highest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     Args:
         scores: [r] by module.
     """
+    if not scores:
+        return {}
     flat = torch.cat(list(scores.values()))
     marked = torch.zeros(len(flat), dtype=torch.bool)
     marked[torch.argsort(flat, descending=True, stable=True)[:count]] = True

@@ -231,13 +231,14 @@ def _simulated_round(record: RoundRecord, end_s: float) -> dict[str, Any]:
 
 
 def simulated_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Simulated seconds, mean waiting, joules and the most memory over all rounds."""
+    """Over all rounds: seconds, mean waiting, joules, the most memory, sessions that were late or over it."""
     return {
         "simulated_s": sum(row["simulated_s"] for row in rows),
         "waiting_s": sum(row["waiting_s"] for row in rows) / len(rows),
         "energy_j": sum(row["energy_j"] for row in rows),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
         "late": sum(row["late"] for row in rows),
+        "over_memory": sum(row["over_memory"] for row in rows),
     }
 
 

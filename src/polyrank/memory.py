@@ -33,7 +33,7 @@ def plan_memory(config: Config) -> dict[str, Any]:
     if config.task != "causal_lm":
         allowed = "must be 'causal_lm' for a plan of memory; a classifier's is part of its fleet's plan"
         raise InputError("task", config.task, allowed)
-    model = skeleton(config.model.name)
+    model = replace(skeleton(config.model.name), recomputes=config.model.gradient_checkpointing)
     shape = _stored(shape_of(model), config)
     targets = resolve_targets(model.network, model.blocks, config.adapter.targets)
     training = config.training
@@ -41,10 +41,6 @@ def plan_memory(config: Config) -> dict[str, Any]:
     ranks = dict.fromkeys(targets, config.adapter.rank)
     work = Workload(shape, ranks, 1, training.batch_size, tokens, asked=tokens)
     parts = memory_parts(replace(work, optimizer_words=optimizer_words(training)))
-    if config.model.gradient_checkpointing:  # what enters each block, and the activations of one of them
-        logits = 4.0 * tokens * shape.vocabulary
-        entering, inside = shape.word * tokens * shape.hidden * shape.blocks, parts["activations"] - logits
-        parts["activations"] = int(entering + inside / shape.blocks + logits)
     total = sum(parts.values())
     devices = packaged().devices
     return {
@@ -54,7 +50,10 @@ def plan_memory(config: Config) -> dict[str, Any]:
         "tokens_per_step": int(tokens),
         "parts": parts,
         "total_bytes": total,
-        "fits": {name: total <= device.usable_bytes for name, device in devices.items()},
+        "fits": {
+            name: total <= device.usable_bytes and (device.cuda or config.model.quantize != "4bit")
+            for name, device in devices.items()
+        },
         "usable_bytes": {name: device.usable_bytes for name, device in devices.items()},
     }
 
@@ -79,7 +78,7 @@ def _stored(shape: ModelShape, config: Config) -> ModelShape:
     inside = sum(one.inputs * one.outputs for one in shape.maps)
     of_map = float(word) if config.model.quantize is None else _QUANTIZED[config.model.quantize]
     weights = word * (shape.parameters - inside) + of_map * inside
-    return replace(shape, word=word, weight_bytes=int(weights))
+    return replace(shape, word=word, weight_bytes=int(weights), map_word=of_map)
 
 
 def memory_lines(content: dict[str, Any]) -> list[str]:

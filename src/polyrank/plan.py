@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
-from polyrank.adapter import RankMask, restrict, within
+from polyrank.adapter import RankMask, full_mask, restrict, within
 from polyrank.allocation import Legend, Uniform
 from polyrank.assemble import prepare
 from polyrank.clock import Clock, Priced
 from polyrank.config import Config
 from polyrank.errors import InputError
 from polyrank.messages import ClientId, ClientUpdate, TrainTask
-from polyrank.round import Federation, make_task
+from polyrank.round import Federation, drawn_as, make_task
 from polyrank.state import ServerState
 from polyrank.wire import encode_task, encode_update
 
@@ -50,7 +51,8 @@ def make_plan(config: Config) -> dict[str, Any]:
     population = list(state.clients)
     masks = fed.allocation.allocate(state, population)
     here = predict(fed, fed.clock, state, masks)
-    same = predict(fed, fed.clock, state, Uniform().allocate(state, population))
+    whole = replace(state, active=full_mask(state.adapter))  # also of slots that voting does not open with
+    same = predict(fed, fed.clock, whole, Uniform().allocate(whole, population))
     why, end = reasons(fed, state), fed.clock.end_of([one for one, _, _ in here.values()])
     classes = {}
     for device in dict.fromkeys(map(fed.clock.roster.device_of, population)):
@@ -76,9 +78,9 @@ def predict(
     fed: Federation, clock: Clock, state: ServerState, masks: Mapping[ClientId, RankMask]
 ) -> dict[ClientId, Predicted]:
     """Price every client's first session."""
-    found = {}
+    found, drawn = {}, drawn_as(fed, state)
     for client, mask in masks.items():
-        task = make_task(fed, state, mask, client)
+        task = make_task(fed, state, mask, client, drawn)
         down, up = len(encode_task(task)), len(encode_update(_answer(task), task))
         found[client] = clock.price(task, state.clients[client], down, up, steady=True), down, up
     return found

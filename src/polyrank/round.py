@@ -49,10 +49,10 @@ from polyrank.messages import (
     training_at,
 )
 from polyrank.received import Received, Updates
-from polyrank.sampling import Sampling, SecretSampling, spare_clients
+from polyrank.sampling import Sampling, SecretSampling, spare_clients, with_work
 from polyrank.seed import seed_for
 from polyrank.state import ClientRecord, ServerState, version
-from polyrank.voting import RankShares, Voting, vote_shares
+from polyrank.voting import RankShares, Voting, last_known, vote_shares
 from polyrank.wire import (
     ALL_PARTS,
     WireError,
@@ -149,6 +149,12 @@ def federated_round(
     first_wave = population if everybody else cohort
     spares = spare_clients(population, state.seed, state.round)
     plan = dict(fed.allocation.allocate(state, first_wave))
+
+    def works(client: ClientId) -> bool:
+        if client not in plan:
+            plan.update(fed.allocation.allocate(state, [client]))
+        return bool(state.head) or num_slots(plan[client]) > 0
+
     drawn, base = drawn_as(fed, state), version(state)
 
     def task(client: ClientId) -> TrainTask:
@@ -161,6 +167,8 @@ def federated_round(
 
     with contextlib.closing(Received(task, journal)) as received:
         try:
+            if fed.voting is not None and not everybody:  # votes may have left a client nothing to train
+                first_wave = cohort = with_work(cohort, spares, works)
             if fed.private:  # a cohort is who was drawn: to replace one that failed would tell of the data
                 replies = collect(fed.engine, cohort, received)
             else:
@@ -217,9 +225,7 @@ def make_task(
         training_at(fed.training, state.round, fed.rounds),
         _missed(state, client),
         drawn,
-        None
-        if fed.voting is None
-        else fed.voting.ballot(state.adapter, state.active, state.round, fed.rounds),
+        None if fed.voting is None else fed.voting.ballot(state, mask, fed.rounds),
     )
 
 
@@ -330,7 +336,8 @@ def _vote(
         return state.active, state.shares
     votes = [one.votes for one in learned if one.votes is not None]
     weights = [float(one.num_examples) for one in learned]
-    shares = vote_shares(state.active, [one.mask for one in learned], votes, weights)
+    now = vote_shares(state.active, [one.mask for one in learned], votes, weights)
+    shares = last_known(now, state.shares)
     return fed.voting.arbitrate(bank, state.active, shares, state.round, fed.rounds), shares
 
 

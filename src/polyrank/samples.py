@@ -49,5 +49,6 @@ def _asked(config: Config) -> bool:
 def _responses(experiment: Experiment, state: ServerState) -> list[str]:
     catch_up(experiment.model, [], Folds(0, state.folds))
     table, test = experiment.config.evaluation, experiment.corpus.test
+    adapter, longest = restrict(state.adapter, state.active), experiment.config.model.max_length
     prompts = [turns for turns in test.texts[: table.responses] if not isinstance(turns, str)]
-    return respond(experiment.model, restrict(state.adapter, state.active), prompts, table.max_new_tokens)
+    return respond(experiment.model, adapter, prompts, table.max_new_tokens, longest)

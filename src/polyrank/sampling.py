@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from polyrank.errors import RunError
 from polyrank.messages import ClientId
 from polyrank.schema import Schema
 from polyrank.seed import seed_for
@@ -89,3 +91,17 @@ def _draw(clients: Sequence[ClientId], count: int, seed: int, round_: int) -> li
 def spare_clients(clients: Sequence[ClientId], seed: int, round_: int) -> list[ClientId]:
     """Everybody in the order in which they replace clients that fail in a round."""
     return random.Random(seed_for(seed, "spares", round_)).sample(list(clients), len(clients))
+
+
+def with_work(
+    cohort: Sequence[ClientId], spares: Sequence[ClientId], works: Callable[[ClientId], bool]
+) -> list[ClientId]:
+    """The cohort, with others in the place of clients that have nothing to train.
+
+    Raises: RunError when nobody has.
+    """
+    others = (client for client in spares if client not in cohort)
+    found = list(islice(filter(works, chain(cohort, others)), len(cohort)))
+    if not found:
+        raise RunError("no client holds a slot that is still active")
+    return found

@@ -134,10 +134,11 @@ class Trained:
         ranks = {name: self.starts[client].modules[name].rank for name in self.starts[client].modules}
         return {name: scores.of(name, factors[name])[client, :rank].cpu() for name, rank in ranks.items()}
 
-    def mask_lowest(self, scores: Scores, budget: int) -> None:
-        """Zero e of each client's slots below the budget, as AdaLoRA does; they may grow back."""
-        for client in range(len(self.starts)):
-            for name, kept in highest(self.scored(scores, client), budget).items():
+    def mask_lowest(self, scores: Scores, ballots: Sequence[Ballot | None]) -> None:
+        """Zero e of each client's slots below its budget, as AdaLoRA does; they may grow back."""
+        for client, ballot in enumerate(ballots):
+            assert ballot is not None
+            for name, kept in highest(self.scored(scores, client), ballot.budget).items():
                 e = self.layers[name].e
                 assert e is not None
                 e.data[client, : len(kept)] *= kept.to(e.device)
@@ -187,7 +188,8 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
     optimizer = _optimizer(training, parameters)
     joined, firsts = join(data), np.cumsum([0, *map(len, data)])
     forward = forward_from(model, data, session_depth(tasks[0], environments[0]), environments[0].prefix)
-    ballot, losses = tasks[0].ballot, list[Tensor]()
+    ballots, losses = [task.ballot for task in tasks], list[Tensor]()
+    ballot = ballots[0]  # alike but for their budgets
     scores = None if ballot is None else Scores(ballot.importance, ballot.smoothing)
     read: dict[int, End] = {}
     model.network.train(training.base_dropout)
@@ -211,9 +213,9 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
                 scores.update(trained.factors())
             optimizer.step()
             if ballot is not None and scores is not None and ballot.masks:
-                trained.mask_lowest(scores, ballot.budget)
+                trained.mask_lowest(scores, ballots)
             done = [client for client, plan in enumerate(plans) if step + 1 == len(plan)]
-            read |= {client: trained.read(client, scores, ballot) for client in done}
+            read |= {client: trained.read(client, scores, ballots[client]) for client in done}
     finally:
         model.network.eval()
     table = torch.stack(losses).cpu()

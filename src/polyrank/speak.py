@@ -17,7 +17,7 @@ from polyrank.models.load import pick_device
 def speak(run: Path, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """The responses of a run's model, each to one prompt, always the likeliest next token.
 
-    Raises: InputError when the run is not finished, or classifies texts.
+    Raises: InputError when the run is not finished, classifies texts, or leaves a prompt no room.
     """
     folder = RunFolder(run)
     folder.read("summary.json")  # told as not finished when it is not there
@@ -25,4 +25,5 @@ def speak(run: Path, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     if config.task != "causal_lm":
         raise InputError("RUN", str(run), f"has task = {config.task!r}; only 'causal_lm' responds to prompts")
     model, state = load_model(config, (), pick_device(config.device)), load_state(run / STATE_FILE)
-    return respond(model, served_adapter(state), [(("user", prompt),) for prompt in prompts], max_new_tokens)
+    turns = [(("user", prompt),) for prompt in prompts]
+    return respond(model, served_adapter(state), turns, max_new_tokens, config.model.max_length)

@@ -3,21 +3,24 @@
 Source: FedARA (Wu et al., IEEE TC 2026, arXiv 2501.14406), dynamic rank allocation and module pruning.
 
     budget       b(t) = b_T + (b_0 - b_T) (1 - x)^3      x from 0 to 1 between the first and last rounds
-    vote         client k marks the b(t) slots it scores highest, over all modules together: M_k
-    share        v_j = sum_k w_k M_kj / sum_k w_k        over the clients that held slot j
+    vote         client k holds h_k of the n active slots, and marks the b_k = b(t) h_k / n (rounded, at least
+                 one) that it scores highest, over all modules together: M_k
+    share        v_j = sum_k w_k M_kj / sum_k w_k        over the clients that held slot j, else its last
     arbitration  threshold: keep v_j >= T_h, and at least b_T slots;  top: keep exactly b(t)
 
 Slots that were dropped stay dropped; a module without slots is detached: no matmul, no gradient, no
-optimiser state, no bytes. Slots that nobody held this round stay as they are.
+optimiser state, no bytes. A slot that nobody has voted on yet counts as wanted by all where somebody has
+trained it; where nobody has, its product is zero, and it keeps its place only as long as b(t) has room.
 ``kind = "adalora"`` is the baseline: AdaLoRA (Zhang et al., arXiv 2303.10512) run on each client. Its mask
 zeroes e of the low-scored slots during local training, they may come back, and everything travels.
 Differs: ties in a vote go to the larger slot of the merged bank (|e| |B| |A|), because scores do not travel;
-the schedule's end points and the weights w_k (examples) are ours.
+the schedule's end points, the weights w_k (examples), and what is asked of a client that holds a part of the
+slots, and done about a slot that nobody held, are ours. With b(t) votes for everybody, a device that holds
+fewer would want all it holds, and its vote would say nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -25,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from polyrank.adapter import Adapter, RankMask, mask_and, num_slots, prefix_mask
+from polyrank.adapter import Adapter, RankMask, mask_and, mask_minus, num_slots, prefix_mask
 from polyrank.importance import Importance
 from polyrank.messages import Ballot
 from polyrank.schema import Schema
@@ -61,12 +64,13 @@ class Voting(Schema):
         left = (1 - x) ** 3 if self.schedule == "cubic" else 1 - x
         return round(last + (first - last) * left)
 
-    def ballot(self, bank: Adapter, active: RankMask, round_: int, rounds: int) -> Ballot | None:
-        """What clients are asked this round; nothing while every slot may stay."""
-        budget = self.budget(bank, round_, rounds)
-        if budget >= num_slots(active):
+    def ballot(self, state: ServerState, held: RankMask, rounds: int) -> Ballot | None:
+        """What a client is asked about the slots it trains; nothing while every active slot may stay."""
+        budget, active = self.budget(state.adapter, state.round, rounds), num_slots(state.active)
+        if budget >= active:
             return None
-        return Ballot(budget, self.importance, self.smoothing, self.kind == "adalora")
+        own = max(1, round(budget * num_slots(held) / active))
+        return Ballot(own, self.importance, self.smoothing, self.kind == "adalora")
 
     def arbitrate(
         self, bank: Adapter, active: RankMask, shares: RankShares, round_: int, rounds: int
@@ -75,18 +79,22 @@ class Voting(Schema):
 
         Args:
             bank: after aggregation.
-            shares: v_j by slot; NaN where nobody held it.
+            shares: v_j by slot; NaN where nobody has voted on it yet.
         """
         budget = self.budget(bank, round_, rounds)
         if self.arbitration == "top":
             return strongest(bank, active, shares, budget)
-        floor = min(budget, self.budget(bank, rounds, rounds))
-        kept = {name: held & ~(shares[name] < self.threshold) for name, held in active.items()}
-        if num_slots(kept) >= floor:
-            return kept
-        return strongest(bank, active, shares, floor)
+        floor, wanted = min(budget, self.budget(bank, rounds, rounds)), votes_of(bank, shares)
+        kept: RankMask = {name: held & (wanted[name] >= self.threshold) for name, held in active.items()}
+        if num_slots(kept) < floor:
+            kept = strongest(bank, active, shares, floor)
+        untried = {name: held & (wanted[name] == _UNTRIED) for name, held in mask_minus(active, kept).items()}
+        room = strongest(bank, untried, shares, max(0, budget - num_slots(kept)))
+        return {name: held | room[name] for name, held in kept.items()}
 
 
+_UNTRIED = -1.0
+"""Stands for the share of a slot that nobody has trained or voted on."""
 RankShares = Mapping[str, Tensor]
 """One number per slot of the bank by module, [R]."""
 
@@ -105,15 +113,30 @@ def vote_shares(
     return shares
 
 
+def last_known(shares: RankShares, before: RankShares) -> RankShares:
+    """The shares, and where nobody held a slot, those that it got last."""
+    return {
+        name: torch.where(now.isnan(), before[name], now) if name in before else now
+        for name, now in shares.items()
+    }
+
+
+def votes_of(bank: Adapter, shares: RankShares) -> RankShares:
+    """The shares without gaps: 1 for a slot trained but never voted on, less than any for the rest."""
+    return {
+        name: torch.where(known.isnan(), torch.where(slot_norms(bank, name) > 0, 1.0, _UNTRIED), known)
+        for name, known in shares.items()
+    }
+
+
 def strongest(bank: Adapter, active: RankMask, shares: RankShares, count: int) -> RankMask:
     """The ``count`` active slots with the most votes; ties go to the larger slot, then to the earlier."""
     places = [(name, int(slot)) for name, held in active.items() for slot in held.nonzero().squeeze(1)]
-    sizes = {name: slot_norms(bank, name) for name in active}
+    sizes, wanted = {name: slot_norms(bank, name) for name in active}, votes_of(bank, shares)
 
     def rank(place: tuple[str, int]) -> tuple[float, float]:
         name, slot = place
-        share = float(shares[name][slot])
-        return (-1.0 if math.isnan(share) else -share), -float(sizes[name][slot])  # unheld: as if all voted
+        return -float(wanted[name][slot]), -float(sizes[name][slot])
 
     kept = {name: torch.zeros_like(held) for name, held in active.items()}
     for name, slot in sorted(places, key=rank)[:count]:

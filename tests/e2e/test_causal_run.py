@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 from polyrank.assemble import prepare
 from polyrank.cli import main
+from polyrank.data.instructions import cut_prompt, prompt_ids
 from polyrank.errors import InputError
 from polyrank.experiment import run
 from polyrank.generation import exact_match, final_number, respond
 from polyrank.lowrank import installed
+from polyrank.speak import speak
 from tests.conftest import tiny_speaker
 from tests.small_runs import METHODS, small_config
 from tests.unit.test_packing import strong_adapter
@@ -150,6 +153,60 @@ def test_prompts_together_say_what_each_says_alone(inputs):
             step = model.network(input_ids=ids, use_cache=False).logits[:, -1].argmax(dim=-1)
             ids = torch.cat([ids, step[:, None]], dim=1)
     assert together[0] == model.tokenizer.decode(ids[0, -6:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_long_prompts_lose_their_beginning(inputs, family):
+    """What is said to a prompt past the model's 40 positions is what is said to its end."""
+    tokenizer = prepare(small_config(inputs, "causal")).model.tokenizer
+    model = dataclasses.replace(tiny_speaker(family, initializer_range=0.4), tokenizer=tokenizer)
+    adapter, words = strong_adapter(model), [f"word{i % 80}" for i in range(60)]
+    (row,) = prompt_ids([(("user", " ".join(words)),)], tokenizer)
+    seen = []
+    model.network.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    respond(model, adapter, [(("user", " ".join(words)),)], 4)
+    assert seen[0].tolist() == [row[-36:]]
+    seen.clear()
+    respond(model, adapter, [(("user", " ".join(words)),), (("user", "word1"),)], 4, max_length=20)
+    assert seen[0][0].tolist() == row[-20:]
+    with pytest.raises(
+        InputError, match="max_new_tokens = 40: at most 39, which leaves a prompt one of .* 40"
+    ):
+        respond(model, adapter, [(("user", "word1"),)], 40)
+
+
+def test_a_prompt_keeps_the_token_that_begins_it():
+    assert cut_prompt([1, 5, 6, 7, 8], 3, 1) == [1, 7, 8]
+    assert cut_prompt([5, 6, 7, 8], 3, 1) == [6, 7, 8]
+    assert cut_prompt([1, 5, 6], 1, 1) == [6]
+    assert cut_prompt([5, 6], 2, None) == cut_prompt([5, 6], None, None) == [5, 6]
+
+
+def test_a_run_and_generate_take_prompts_of_any_length(inputs, tmp_path, monkeypatch, capsys):
+    tiny_speaker("gpt2").network.save_pretrained(tmp_path / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(inputs / "speaker" / name, tmp_path / "gpt2" / name)
+    rows = [{"question": "word1 " * 60, "answer": "word2"}] * 30
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = [f"model.name={tmp_path / 'gpt2'}", f"data.source={tmp_path / 'long.jsonl'}", "rounds=1"]
+    path = run(small_config(inputs, "causal", *given), tmp_path / "run").path
+    said = command(monkeypatch, capsys, "generate", path, "--prompt", "word3 " * 90, "--max-new-tokens", "4")
+    assert len(said.splitlines()) == 1
+    asked = []
+    monkeypatch.setattr("polyrank.speak.respond", lambda *given: asked.append(given) or ["yes"])
+    assert speak(path, ["word3"], 4) == ["yes"]
+    assert asked[0][3:] == (4, 30)  # new tokens, and model.max_length
+    monkeypatch.undo()
+    words = ["generate", str(path), "--prompt", "word3", "--max-new-tokens", "50"]
+    monkeypatch.setattr(sys, "argv", ["polyrank", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(told) == 1
+    assert "max_new_tokens = 50: at most 39" in told[0]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,17 @@ import sys
 import pytest
 
 import polyrank
+from polyrank.assemble import prepare
 from polyrank.cli import main
 from polyrank.clock import FleetTable
 from polyrank.config import load_config
 from polyrank.errors import InputError
 from polyrank.ledger import RunFolder
-from polyrank.plan import make_plan, plan_lines
+from polyrank.plan import make_plan, plan_lines, predict
+from polyrank.recipes import recipes
 from polyrank.replay import by_device, replay
+from polyrank.round import federated_round
+from tests.small_runs import METHODS, small_config
 
 SMALL = """
 fleet = { members = [{ device = "toaster", link = "lan" }] }
@@ -30,6 +34,20 @@ memory_gb = 0.05
 usable_share = 1.0
 modes = [{ name = "brown", speed = 1.0, compute_w = 800 }]
 """
+
+
+EXTRA = {
+    "hetlora": ["allocation.tiers=[{rank=2,share=0.5},{rank=3,share=0.5}]"],
+    "replication": ["allocation.low_rank=1", "allocation.high_rank=3", "evaluation.validation_texts=8"],
+    "legend+replication": [],
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    small_config(folder)
+    return folder
 
 
 def settings(tiny, method, fleet="edge3", **more):
@@ -86,6 +104,72 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(tiny_settings, tmp_path
     assert stop.value.code == 2
     assert len(told) == 1
     assert re.search(r"client-0 \(toaster\) needs 0\.\d+ GB for 6 blocks, and may take 0\.05 GB", told[0])
+
+
+@pytest.mark.parametrize("method", recipes())
+def test_a_plan_tells_the_bytes_of_the_first_round(inputs, method):
+    """But for a digest of the state and sampled attempts, which a plan has no need of."""
+    ways = [*EXTRA.get(method, ()), "adapter.rank=16", "fleet.name=edge3", "fleet.ignore_memory=true"]
+    experiment = prepare(small_config(inputs, "plain", f"method={method}", *ways))
+    fed, state = experiment.federation, experiment.start
+    planned = predict(fed, fed.clock, state, fed.allocation.allocate(state, list(state.clients)))
+    _, record = federated_round(fed, state)
+    fed.engine.close()
+    for reply in record.replies:
+        _, down, up = planned[reply.client]
+        assert 0 <= reply.bytes_down - down <= 100
+        assert 0 <= reply.bytes_up - up <= 100
+
+
+def test_all_slots_everywhere_are_those_of_the_bank_with_votes_and_without(inputs):
+    both = make_plan(small_config(inputs, "plain", "method=legend+fedara", "fleet.name=edge3"))
+    same = ["adapter.form=svd", "adapter.targets=all-linear"]
+    alone = make_plan(small_config(inputs, "plain", "method=legend", "fleet.name=edge3", *same))
+    assert both["round"]["bytes"] < both["round_if_uniform"]["bytes"]
+    assert both["round_if_uniform"] == alone["round_if_uniform"]
+
+
+GROWING = {
+    "depth": ["method=fedadapter", "allocation.every=1", "rounds=2"],
+    "rank": [*METHODS["loss_based"], "adapter.rank=16", "allocation.high_rank=16"],
+}
+
+
+@pytest.mark.parametrize("ways", GROWING.values(), ids=GROWING)
+def test_a_plan_that_fits_at_first_and_not_later_is_refused(inputs, tmp_path, ways):
+    given = [*ways, "engine.prefix_gb=0", "training.batch_size=1", "model.max_length=4"]
+    experiment = prepare(small_config(inputs, "plain", *given, "fleet.name=edge3"))
+    fed, state = experiment.federation, experiment.start
+    fed.engine.close()
+    first = [
+        one.cost.memory_bytes
+        for one, _, _ in predict(
+            fed, fed.clock, state, fed.allocation.allocate(state, list(state.clients))
+        ).values()
+    ]
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL.replace("memory_gb = 0.05", f"memory_gb = {1.01 * max(first) / 1e9}"))
+    with pytest.raises(
+        InputError, match=r"cannot fit: client-\d \(toaster\) needs .* blocks later in the run"
+    ):
+        prepare(small_config(inputs, "plain", *given, f"fleet.name={path}"))
+    if "method=fedadapter" not in ways:
+        return
+    over = small_config(inputs, "plain", *given, f"fleet.name={path}", "fleet.ignore_memory=true")
+    result = polyrank.run(over, tmp_path / "run")
+    rows = RunFolder(result.path).read_rows("rounds.jsonl")
+    assert rows[0]["over_memory"] == 0
+    assert result.summary["over_memory"] == sum(row["over_memory"] for row in rows) > 0
+
+
+def test_recomputed_blocks_take_less_memory_and_more_time_on_every_device(inputs):
+    given = ["fleet.name=edge3", "training.batch_size=16"]
+    once = make_plan(small_config(inputs, "causal", *given))
+    twice = make_plan(small_config(inputs, "causal", *given, "model.gradient_checkpointing=true"))
+    for device, row in once["classes"].items():
+        assert twice["classes"][device]["memory_bytes"] < row["memory_bytes"]
+        assert twice["classes"][device]["compute_s"] > row["compute_s"]
+    assert small_config(inputs, "causal", "method=legend", *given, "model.gradient_checkpointing=true")
 
 
 def test_a_plan_needs_a_fleet():

@@ -135,6 +135,16 @@ def test_estimates_move_toward_what_a_device_took(known, depth, slower, farther)
     same = policy.learn(known, depth, slots, compute, link)
     assert same.seconds(depth, slots) == pytest.approx(known.seconds(depth, slots))
     assert after.max_depth == known.max_depth
+    idle = policy.learn(known, 0, 0, slower * compute, farther * known.link_fixed_s)
+    assert (idle.compute_fixed_s, idle.block_s) == (known.compute_fixed_s, known.block_s)
+    assert idle.link_fixed_s == pytest.approx((0.8 + 0.2 * farther) * known.link_fixed_s)
+
+
+def test_a_session_without_blocks_leaves_estimates_positive():
+    """The constant part of a device's time is extrapolated, and may be below zero."""
+    known = Capacity(-0.1, 0.3, 0.1, 0.001, 4)
+    after = Legend().learn(known, 0, 0, 5.0, 0.1)
+    assert after.seconds(1, RANK) == pytest.approx(known.seconds(1, RANK))
 
 
 def test_a_slow_device_goes_less_deep_and_the_reason_is_told():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from polyrank.adapter import (
     Factors,
+    block_numbers,
     full_mask,
     mask_minus,
     num_slots,
@@ -18,14 +19,20 @@ from polyrank.adapter import (
     restrict,
     within,
 )
-from polyrank.aggregation import Anchored, ReplicationPadding
+from polyrank.aggregation import Anchored, LayerWise, ReplicationPadding
+from polyrank.allocation import Legend, Uniform
+from polyrank.assemble import prepare
+from polyrank.errors import RunError
 from polyrank.gate import decode_update
 from polyrank.importance import Scores, highest
 from polyrank.messages import Training
 from polyrank.round import federated_round, make_task
-from polyrank.voting import Voting, best_slots, strongest, vote_shares
+from polyrank.sampling import SampleCount
+from polyrank.state import Capacity, ClientRecord
+from polyrank.voting import Voting, best_slots, last_known, strongest, vote_shares
 from polyrank.wire import WireError, encode_task, encode_update
 from tests.builders import largest_difference, random_adapter, state_of
+from tests.small_runs import small_config
 from tests.unit.test_methods import rounds, two_tiers
 from tests.unit.test_round import federation
 
@@ -104,7 +111,7 @@ def test_arbitration_only_shrinks_and_keeps_its_promise(data, arbitration, round
             assert worst_kept >= min(best_gone, 0.5)
 
 
-def test_ties_go_to_the_larger_slot_and_what_nobody_held_stays():
+def test_ties_go_to_the_larger_slot_and_what_nobody_has_trained_goes_first():
     bank = random_adapter(2, 3, "svd", {"a": (3, 3)})
     f = bank.modules["a"]
     f.e.copy_(torch.tensor([1.0, 100.0, 1e-3]))
@@ -112,9 +119,143 @@ def test_ties_go_to_the_larger_slot_and_what_nobody_held_stays():
     even = {"a": torch.tensor([0.5, 0.5, 0.5])}
     assert strongest(bank, active, even, 1)["a"].tolist() == [False, True, False]
     unheld = {"a": torch.tensor([0.9, 0.9, float("nan")])}
-    assert strongest(bank, active, unheld, 1)["a"].tolist() == [False, False, True]
-    kept = Voting(target_rank=1).arbitrate(bank, active, {"a": torch.tensor([0.4, 0.9, float("nan")])}, 9, 10)
-    assert kept["a"].tolist() == [False, True, True]
+    assert strongest(bank, active, unheld, 1)["a"].tolist() == [False, False, True]  # as if all voted
+    voting, some = Voting(target_rank=1), {"a": torch.tensor([0.4, 0.9, float("nan")])}
+    assert voting.arbitrate(bank, active, some, 9, 10)["a"].tolist() == [False, True, True]
+    f.e[2] = 0.0  # never trained
+    assert strongest(bank, active, unheld, 2)["a"].tolist() == [True, True, False]
+    assert voting.budget(bank, 2, 10) == 2
+    assert voting.arbitrate(bank, active, some, 2, 10)["a"].tolist() == [False, True, True]  # there is room
+    assert voting.arbitrate(bank, active, some, 9, 10)["a"].tolist() == [False, True, False]
+    low = {"a": torch.tensor([0.1, 0.2, float("nan")])}  # the floor is filled by vote before that
+    assert voting.arbitrate(bank, active, low, 9, 10)["a"].tolist() == [False, True, False]
+
+
+def test_what_nobody_held_this_time_keeps_its_last_share():
+    before = {"a": torch.tensor([0.2, 0.3, float("nan")])}
+    now = {"a": torch.tensor([0.9, float("nan"), float("nan")]), "b": torch.tensor([float("nan")])}
+    known = last_known(now, before)
+    assert known["a"][:2].tolist() == pytest.approx([0.9, 0.3])
+    assert torch.isnan(known["a"][2])
+    assert torch.isnan(known["b"][0])
+
+
+@given(st.data(), st.integers(0, 9))
+@settings(deadline=None)
+def test_a_client_is_asked_for_as_large_a_part_of_what_it_holds_as_all_are(data, round_):
+    state = state_of(random_adapter(1, 6, "svd"), round_)
+    state = dataclasses.replace(state, active=masks(data.draw, {"block.0.q": 6, "block.1.q": 6}))
+    held = {n: bits & masks(data.draw, {n: 6})[n] for n, bits in state.active.items()}
+    voting = Voting(target_rank=1)
+    budget, active = voting.budget(state.adapter, round_, 10), num_slots(state.active)
+    everything, own = voting.ballot(state, state.active, 10), voting.ballot(state, held, 10)
+    if budget >= active:
+        assert everything is own is None
+        return
+    assert everything.budget == budget
+    assert own.budget == max(1, round(budget * num_slots(held) / active))
+    if num_slots(held) > 1:
+        assert own.budget < num_slots(held) or budget * num_slots(held) / active > num_slots(held) - 0.5
+
+
+def unequal(arbitration, deep):
+    """Four clients that go one block deep of two, but for so many, and vote."""
+    voting = Voting(target_rank=1, arbitration=arbitration)
+    fed, state = voting_federation(voting, count=8, allocation=Legend(), aggregation=LayerWise())
+    records = {
+        name: ClientRecord(capacity=Capacity(1, 0.01, 0.1, 0.001, 2 if place < deep else 1))
+        for place, name in enumerate(state.clients)
+    }
+    return fed, dataclasses.replace(state, clients=records)
+
+
+def by_block(mask):
+    blocks = block_numbers(mask)
+    return [sum(int(bits.sum()) for n, bits in mask.items() if blocks[n] == block) for block in (0, 1)]
+
+
+@pytest.mark.parametrize("arbitration", ["threshold", "top"])
+@pytest.mark.parametrize("deep", [1, 0])
+def test_votes_of_shallow_clients_count(arbitration, deep):
+    fed, state = unequal(arbitration, deep)
+    budgets, sizes = [fed.voting.budget(state.adapter, t, 8) for t in range(8)], []
+    for _ in range(8):
+        state, _ = federated_round(fed, state)
+        sizes.append(num_slots(state.active))
+    if arbitration == "top":
+        assert sizes == budgets
+    else:
+        assert budgets[-1] <= sizes[-1] <= 2 * budgets[-1]  # as far as a threshold of half can miss
+    assert by_block(state.active)[1] > 0  # those who hold the upper block alone want some of it
+    if deep == 0:
+        assert by_block(state.active)[0] == 0  # nobody can hold what is below
+
+
+def test_a_cohort_that_does_not_hold_a_slot_leaves_its_share_as_it_was():
+    fed, state = unequal("top", 1)
+    for _ in range(2):
+        state, _ = federated_round(fed, state)
+    lower = [name for name, block in block_numbers(state.active).items() if block == 0]
+    before = {name: state.shares[name] for name in lower}
+    assert any(bool((known < 1).any()) for known in before.values())
+    alone = dataclasses.replace(fed, sampling=SampleCount(count=1))
+    while alone.sampling.sample(list(state.clients), state.seed, state.round) == ["c0"]:  # who is deep
+        state = dataclasses.replace(state, seed=state.seed + 1)
+    after, _ = federated_round(alone, state)
+    assert all(torch.equal(after.shares[name], known) for name, known in before.items())
+
+
+@pytest.mark.parametrize("deep", [2, 1, 0])
+def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
+    experiment = prepare(small_config(tmp_path, "causal", "method=legend+fedara", "fleet.name=edge3"))
+    fed, state = experiment.federation, experiment.start
+    blocks = block_numbers(state.active)
+    active = {name: held & (blocks[name] == 0) for name, held in state.active.items()}
+    shares = {name: torch.ones(held.numel(), dtype=torch.float64) for name, held in active.items()}
+    clients = {
+        name: dataclasses.replace(one, capacity=Capacity(1, 0.01, 0.1, 0.001, 2 if place < deep else 1))
+        for place, (name, one) in enumerate(state.clients.items())
+    }
+    state = dataclasses.replace(state, active=active, shares=shares, clients=clients, round=1)
+    try:
+        if deep == 0:
+            with pytest.raises(RunError, match="round 1: no client holds a slot that is still active"):
+                federated_round(fed, state)
+            return
+        _, record = federated_round(fed, state)
+        assert {reply.client for reply in record.replies} == set(list(clients)[:deep])
+        assert all(reply.error is None for reply in record.replies)
+    finally:
+        fed.engine.close()
+
+
+def test_a_classifier_whose_slots_were_all_voted_out_trains_its_head_and_has_no_votes_left():
+    fed, state = unequal("top", 1)
+    blocks = block_numbers(state.active)
+    active = {name: held & (blocks[name] == 0) for name, held in state.active.items()}
+    shares = {name: torch.ones(held.numel(), dtype=torch.float64) for name, held in active.items()}
+    after, record = federated_round(fed, dataclasses.replace(state, active=active, shares=shares, round=4))
+    assert [reply.slots for reply in record.replies] == [9, 0, 0, 0]
+    assert [num_slots(one.votes) for one in record.learned] == [6, 0, 0, 0]
+    assert by_block(after.active) == [6, 0]
+
+
+@pytest.mark.parametrize("allocation", [Uniform(depth=1), Uniform(depth="weakest")])
+def test_at_a_fixed_depth_no_slot_is_active_that_nobody_holds(allocation):
+    fed, state = unequal("threshold", 0)
+    opening = allocation.opening(state)
+    assert by_block(opening) == [0, num_slots(state.active) // 2]
+    fed = dataclasses.replace(fed, allocation=allocation)
+    after, _ = rounds(fed, dataclasses.replace(state, active=opening), 8)
+    assert by_block(after.active)[0] == 0
+    assert 6 <= num_slots(after.active) < by_block(opening)[1]
+
+
+def test_a_run_at_a_fixed_depth_opens_with_what_is_held(tmp_path):
+    experiment = prepare(small_config(tmp_path, "voting", "allocation.depth=1"))
+    experiment.federation.engine.close()
+    lower, upper = by_block(experiment.start.active)
+    assert (lower, upper > 0) == (0, True)
 
 
 def test_sensitivity_worked_by_hand():

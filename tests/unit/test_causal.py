@@ -239,10 +239,9 @@ def test_four_bits_need_cuda(stored):
         (["task=causal_lm", "model.quantize=8bit", "method=flora"], "folds nothing into the frozen weights"),
         (["task=causal_lm", "model.quantize=8bit", "method=federa"], "needs adapter.start = 'zero'"),
         (["model.quantize=2bit"], "must be '8bit' or '4bit'"),
-        (["model.gradient_checkpointing=true", "fleet.name=edge3"], "must be false where a fleet is given"),
     ],
 )
-def test_what_does_not_go_with_few_bits_or_recomputing(settings, complaint):
+def test_what_does_not_go_with_few_bits(settings, complaint):
     with pytest.raises(InputError, match=complaint):
         load_config(settings=settings)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from polyrank.adapter import full_mask, new_adapter
-from polyrank.client import handle
+from polyrank.adapter import full_mask, new_adapter, restrict
+from polyrank.client import answer_together, handle
 from polyrank.data.tokens import Tokens
 from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.messages import EvaluateTask, Training, TrainTask
@@ -19,7 +19,7 @@ from polyrank.models.targets import resolve_targets
 from polyrank.session import ClientEnv, ClientError, batches, train
 from polyrank.wire import WireError, encode_task
 from tests.builders import largest_difference
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, tiny_speaker
 
 
 def tokens(count, seed=0, classes=3, longest=9):
@@ -136,6 +136,18 @@ def test_a_loss_that_explodes_is_an_error_and_not_an_update():
     assert answer.payload is None
     assert answer.error.startswith("ClientError: loss is")
     assert not any(p.requires_grad for p in model.network.parameters())
+
+
+def test_a_task_with_nothing_to_train_is_an_error_of_this_client_alone():
+    model = tiny_speaker()
+    whole = dataclasses.replace(task_for(model), head={})
+    none = {name: torch.zeros_like(held) for name, held in whole.mask.items()}
+    idle = dataclasses.replace(whole, mask=none, trained=none, adapter=restrict(whole.adapter, none))
+    env = ClientEnv(model, prompts(6))
+    first, second = answer_together([encode_task(idle), encode_task(whole)], [env, env])
+    assert isinstance(first, ClientError)
+    assert str(first) == "the task has nothing to train: no slot and no head"
+    assert isinstance(second, bytes)
 
 
 def test_requests_that_are_no_tasks():

@@ -66,6 +66,7 @@ def test_a_round_is_over_when_the_slowest_is_done_and_the_ledger_says_so():
         assert told["depth"] == 2
         assert told["ranks"] == [3, 3]
     assert simulated_totals([row, row])["simulated_s"] == 2 * row["simulated_s"]
+    assert simulated_totals([row, row | {"over_memory": 3}])["over_memory"] == 3
     json.dumps(rows, allow_nan=False)
 
 

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from polyrank.adapter import Adapter, full_mask, prefix_mask, restrict
+from polyrank.adapter import Adapter, full_mask, num_slots, prefix_mask, restrict
 from polyrank.client import answer_together
 from polyrank.engine.embedded import EmbeddedEngine, groups
 from polyrank.fused import Shares, add_padded, add_products, own_heads, stack_factors
 from polyrank.gate import decode_update
 from polyrank.lowrank import installed
-from polyrank.messages import Training, TrainTask
+from polyrank.messages import Ballot, Training, TrainTask
 from polyrank.models.load import read_head
 from polyrank.models.prefix import PrefixCache, can_skip
 from polyrank.models.targets import resolve_targets
@@ -243,6 +243,25 @@ def test_groups_follow_the_order_of_the_requests_alone():
     assert found == [["0", "1"], ["2", "3"], ["4"]]
 
 
+@pytest.mark.parametrize("kind", ["fedara", "adalora"])
+def test_everybody_votes_for_a_number_of_its_own(kind):
+    model = tiny_model()
+    tasks, environments = cohort(model, form="svd")
+    tasks = [
+        dataclasses.replace(task, ballot=Ballot(2 + place, "sensitivity", 0.85, kind == "adalora"))
+        for place, task in enumerate(tasks)
+    ]
+    together = train_together(tasks, environments)
+    for place, (task, env, one) in enumerate(zip(tasks, environments, together, strict=True)):
+        (alone,) = train_together([task], [env])
+        assert largest_difference(one.adapter, alone.adapter) < 1e-5
+        if kind == "fedara":
+            assert num_slots(one.votes) == 2 + place
+            assert all(torch.equal(one.votes[n], bits) for n, bits in alone.votes.items())
+        else:
+            assert sum(int((f.e != 0).sum()) for f in one.adapter.modules.values()) == 2 + place
+
+
 def test_what_does_not_train_gets_no_gradient():
     model = tiny_model()
     tasks, _ = cohort(model)
@@ -261,13 +280,14 @@ def test_what_does_not_train_gets_no_gradient():
 
 def test_who_may_share_a_pass():
     from polyrank.client import _group
-    from polyrank.messages import Ballot
 
     model = tiny_model()
     (first, second, *_), (env, *_) = cohort(model)
     assert _group(0, first, env) == _group(1, second, env)
     asked = dataclasses.replace(second, ballot=Ballot(3, "sensitivity", 0.85))
     assert _group(0, first, env) != _group(1, asked, env)
+    fewer = dataclasses.replace(first, ballot=Ballot(2, "sensitivity", 0.85))
+    assert _group(0, fewer, env) == _group(1, asked, env)
     inside = f"{model.blocks[0]}.output.dense"  # a trained layer there would see packed rows
     apart_ = dataclasses.replace(env, model=dataclasses.replace(model, head_modules=[inside, "classifier"]))
     assert _group(0, first, apart_) != _group(1, second, apart_)

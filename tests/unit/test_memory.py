@@ -66,6 +66,9 @@ def test_what_fits_where(tmp_path, monkeypatch, capsys):
         there = {n for n, room in plan["usable_bytes"].items() if room >= plan["total_bytes"]}
         assert there == {n for n, fits in plan["fits"].items() if fits}
     assert {n for n, fits in wide["fits"].items() if fits} < {n for n, fits in narrow["fits"].items() if fits}
+    four = planned(folder, "model.base_dtype=bf16", "model.quantize=4bit")
+    room = {n for n, size in four["usable_bytes"].items() if size >= four["total_bytes"]}
+    assert room - {n for n, fits in four["fits"].items() if fits} == {"laptop-cpu"}  # it has no CUDA
     assert memory_lines(narrow)[0].endswith("6.74 billion parameters in 32 blocks, 512 tokens a step")
     words = ["plan", "--memory", "--json", "--set", "task=causal_lm", "--set", f"model.name={folder}"]
     monkeypatch.setattr(sys, "argv", ["polyrank", *words])

@@ -115,10 +115,13 @@ class Legend(Schema):
         return _mask(state, self.choose(state).ranks[-1])
 
     def learn(self, known: Capacity, depth: int, slots: int, compute_s: float, link_s: float) -> Capacity:
-        """What the server expects of a device after it took so long: a moving average of ratios."""
+        """What the server expects of a device after it took so long: a moving average of ratios.
+
+        A session without any adapted block (depth 0) tells nothing of what a block takes.
+        """
         expected = known.compute_fixed_s + depth * known.block_s
         linked = known.link_fixed_s + slots * known.slot_s
-        slower = self.rho + (1 - self.rho) * compute_s / expected
+        slower = self.rho + (1 - self.rho) * compute_s / expected if depth else 1.0
         farther = self.rho + (1 - self.rho) * link_s / linked
         return replace(
             known,

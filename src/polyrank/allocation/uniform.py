@@ -35,11 +35,19 @@ class Uniform(Schema):
         """The largest rank that is handed out."""
         return self.rank
 
+    def opening(self, state: ServerState) -> RankMask:
+        """The slots that are active from the start where devices vote: those of the blocks that are held."""
+        return state.active if self.depth is None else top_blocks(state.active, self._blocks(state))
+
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
         mask = state.active if self.rank is None else best_slots(state, self.rank)
         if self.depth is not None:
-            mask = top_blocks(mask, weakest(state) if self.depth == "weakest" else self.depth)
+            mask = top_blocks(mask, self._blocks(state))
         return dict.fromkeys(cohort, mask)
+
+    def _blocks(self, state: ServerState) -> int:
+        assert self.depth is not None
+        return weakest(state) if self.depth == "weakest" else self.depth
 
 
 def weakest(state: ServerState) -> int:

@@ -174,12 +174,16 @@ def _spoken(turns: Turns, response: str, tokenizer: Any) -> tuple[str, bool]:
 
 def _cut(prompt: list[int], answer: list[int], limit: int, bos: int | None) -> tuple[list[int], list[int]]:
     answer = answer[: limit - min(len(prompt), max(1, limit // 4))]
-    room = limit - len(answer)
-    if len(prompt) <= room:
-        return prompt, answer
+    return cut_prompt(prompt, limit - len(answer), bos), answer
+
+
+def cut_prompt(prompt: list[int], room: int | None, bos: int | None) -> list[int]:
+    """A prompt without so much of its beginning that it fits; the token that begins a text stays."""
+    if room is None or len(prompt) <= room:
+        return prompt
     if prompt[0] == bos and room > 1:
-        return [prompt[0], *prompt[len(prompt) - room + 1 :]], answer
-    return prompt[len(prompt) - room :], answer
+        return [prompt[0], *prompt[len(prompt) - room + 1 :]]
+    return prompt[len(prompt) - room :]
 
 
 def _plain(role: str, text: str) -> str:

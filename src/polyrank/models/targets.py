@@ -28,6 +28,8 @@ ATTENTION_INPUTS = frozenset(
 
 # Maps whose output goes through an activation and is then multiplied: what leaves the activation is kept too.
 GATES = frozenset(["gate_proj", "gate_up_proj"])
+# Maps into an activation that may be NewGELU, which is computed, and kept, step by step.
+NEW_GELU = frozenset(["c_fc", "fc_in", "fc1"])
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

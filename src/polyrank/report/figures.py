@@ -44,6 +44,8 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 
+_DASHES = ("-", "--", ":", "-.")
+_HATCHES = ("", "///", "...", "xxx")
 Line = tuple[Sequence[float], Sequence[float]]
 
 
@@ -57,8 +59,9 @@ def curve(
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(x_label)
-        for (name, (x, y)), colour in zip(lines.items(), SERIES, strict=False):
-            axes.plot(x, y, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.8)
+        for place, (name, (x, y)) in enumerate(lines.items()):
+            look = {"color": _colour(place), "linestyle": _again(_DASHES, place)}
+            axes.plot(x, y, label=name, marker="o", markersize=3.5, linewidth=1.8, **look)
         if level is not None:
             axes.axhline(level[1], color=INK, linestyle="--", linewidth=1, label=level[0])
         if whole:
@@ -71,8 +74,9 @@ def bars(x_label: str, x: Sequence[float], stacks: Mapping[str, Sequence[float]]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(x_label)
         bottom = [0.0] * len(x)
-        for (name, heights), colour in zip(stacks.items(), SERIES, strict=False):
-            axes.bar(x, heights, bottom=bottom, color=colour, label=name, width=0.7)
+        for place, (name, heights) in enumerate(stacks.items()):
+            look = {"color": _colour(place), "hatch": _again(_HATCHES, place)}
+            axes.bar(x, heights, bottom=bottom, label=name, width=0.7, **look)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         _integer_ticks(axes, max(x, default=1))
         return _svg(figure, axes)
@@ -143,6 +147,15 @@ def heat_map(x_label: str, names: Sequence[str], counts: Sequence[Sequence[int]]
         return _svg(figure, axes)
 
 
+def _colour(place: int) -> str:
+    return SERIES[place % len(SERIES)]
+
+
+def _again(looks: Sequence[str], place: int) -> str:
+    """What tells a series from an earlier one of its colour."""
+    return looks[place // len(SERIES) % len(looks)]
+
+
 def _axes(x_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 3.2))
     axes = figure.add_subplot()
@@ -160,6 +173,8 @@ def _svg(figure: Figure, axes: Axes) -> Markup:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, [printable(n, 40) for n in names], loc="upper left", ncols=4, fontsize=9)
     legend_inches = 0.12 + 0.19 * (1 + (len(names) - 1) // 4)
+    for bar in axes.patches:
+        bar.set_in_layout(False)  # none reaches beyond the axes, and to look at each takes half of the time
     target = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names in any script
