@@ -60,8 +60,9 @@ def curve(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(x_label)
         for place, (name, (x, y)) in enumerate(lines.items()):
-            look = {"color": _colour(place), "linestyle": _again(_DASHES, place)}
-            axes.plot(x, y, label=name, marker="o", markersize=3.5, linewidth=1.8, **look)
+            colour, dashes = _colour(place), _again(_DASHES, place)
+            look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3.5}
+            axes.plot(x, y, label=name, linewidth=1.8, **look)
         if level is not None:
             axes.axhline(level[1], color=INK, linestyle="--", linewidth=1, label=level[0])
         if whole:
@@ -75,8 +76,8 @@ def bars(x_label: str, x: Sequence[float], stacks: Mapping[str, Sequence[float]]
         figure, axes = _axes(x_label)
         bottom = [0.0] * len(x)
         for place, (name, heights) in enumerate(stacks.items()):
-            look = {"color": _colour(place), "hatch": _again(_HATCHES, place)}
-            axes.bar(x, heights, bottom=bottom, label=name, width=0.7, **look)
+            colour, hatch = _colour(place), _again(_HATCHES, place)
+            axes.bar(x, heights, bottom=bottom, color=colour, hatch=hatch, label=name, width=0.7)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         _integer_ticks(axes, max(x, default=1))
         return _svg(figure, axes)
