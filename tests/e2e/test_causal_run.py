@@ -12,6 +12,7 @@ import torch
 
 from polyrank.assemble import prepare
 from polyrank.cli import main
+from polyrank.config import make_config
 from polyrank.data.instructions import cut_prompt, prompt_ids
 from polyrank.errors import InputError
 from polyrank.experiment import run
@@ -104,6 +105,24 @@ def test_the_command_line_tells_perplexity(inputs, tmp_path, monkeypatch, capsys
     assert [arm["rounds_to_target"] for arm in content["arms"]] == [1, 1]  # below the target at once
     assert "perplexity - first" in (tmp_path / "c" / "compare.md").read_text()
     assert "Test perplexity over rounds" in (tmp_path / "c" / "compare.html").read_text()
+
+
+def test_sites_of_a_natural_partition_keep_their_own_texts(inputs, tmp_path):
+    rows = [json.loads(line) for line in (inputs / "questions.jsonl").read_text().splitlines()]
+    told = [json.dumps({**row, "site": f"site-{number % 5 % 4}"}) for number, row in enumerate(rows)]
+    (tmp_path / "sites.jsonl").write_text("\n".join(told))
+    config = small_config(inputs, "causal", "method=fedit", "rounds=1", "sampling.count=3")
+    given = config.model_dump(mode="json")
+    given["data"]["source"] = str(tmp_path / "sites.jsonl")
+    given["partition"] = {"kind": "natural", "column": "site"}
+    result = run(make_config(given), tmp_path / "run")
+    clients = json.loads((result.path / "partition.json").read_text())["clients"]
+    assert [client["client"] for client in clients] == [f"site-{number}" for number in range(4)]
+    sizes = [client["num_train"] + (client["num_holdout"] or 0) for client in clients]
+    assert max(sizes) == sizes[0] > sizes[1]  # two fifths of the rows are of the first site
+    assert result.summary["test_perplexity"] > 1
+    asked = [json.loads(line) for line in (result.path / "clients.jsonl").read_text().splitlines()]
+    assert {row["client"] for row in asked} < {client["client"] for client in clients}
 
 
 def test_generate(finished, inputs, monkeypatch, capsys):

@@ -325,6 +325,24 @@ def test_a_dropped_module_costs_nothing_on_the_wire_and_in_the_network():
     assert len(encode_task(task)) < payload + head + 1_600
 
 
+def test_sessions_take_blocks_that_were_voted_out_from_store(tmp_path, monkeypatch):
+    """Clients that want nothing of the lowest block: once it is dead, they do not compute it again."""
+    score = Scores.of
+    monkeypatch.setattr(Scores, "of", lambda *given: score(*given) * (".layer.0." not in given[1]))
+    settings = ["voting.target_rank=0.5", "rounds=5", "sampling.count=6"]
+    experiment = prepare(small_config(tmp_path, "voting", *settings))
+    fed, state, told = experiment.federation, experiment.start, []
+    for _ in range(5):
+        alive = by_block(state.active)[0] > 0
+        state, _ = federated_round(fed, state)
+        told.append((alive, experiment.prefix.statistics()["fills"]))
+    fed.engine.close()
+    assert by_block(state.active)[0] == 0
+    assert {fills for alive, fills in told if alive} == {0}
+    assert {fills for alive, fills in told if not alive} == {6}  # once for every client
+    assert experiment.prefix.statistics()["hits"] > 0
+
+
 def test_the_bytes_of_minilm_are_the_active_slots():
     from polyrank.adapter import new_adapter
 

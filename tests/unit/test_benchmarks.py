@@ -151,3 +151,18 @@ def test_the_peers_use_nothing_of_polyrank():
 def test_the_process_that_measures_shares_no_heavy_library_with_the_sides():
     code = "import sys, benchmarks.peers; assert not {'torch', 'transformers', 'polyrank'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # PEFT asks an old name
+def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(tmp_path):
+    from benchmarks.gpu import SIZES, Work, results
+
+    found = results(SIZES["tiny"], Work(2, 16, 2, 2), torch.device("cpu"), tmp_path)
+    plain, rounded = found["rows"]
+    assert (plain["base"], rounded["base"]) == ("bf16", "8bit")
+    assert plain["polyrank"]["tokens_per_s"] > 0
+    assert plain["speed_ratio"] == plain["polyrank"]["tokens_per_s"] / plain["peft"]["tokens_per_s"]
+    assert rounded["peft"] is None
+    assert plain["plan"]["base"] == 2 * plain["parameters"] > rounded["plan"]["base"]
+    assert plain["polyrank"]["peak_bytes"] is plain["peak_over_plan"] is None  # torch tells of CUDA alone
+    json.dumps(found, allow_nan=False)

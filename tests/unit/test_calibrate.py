@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 
 from polyrank.calibrate import CALIBRATION, Step, demand_of, fit, measure, profile_toml, workload_of
+from polyrank.cli import main
 from polyrank.cost import Demand
 from polyrank.device import find_fleet, packaged
 from polyrank.models.shape import shape_of
@@ -37,3 +39,28 @@ def test_a_profile_survives_its_file(tmp_path):
     known, fleet = find_fleet(str(tmp_path / "fleet.toml"))
     assert known.devices["mine"] == device
     assert fleet.members[0].device == "mine"
+
+
+def test_calibrate_writes_a_fleet_of_what_was_measured(tmp_path, monkeypatch, capsys):
+    """A machine of 2 GFLOP/s and 4 GB/s that loses 10 us per operation, as the command writes it."""
+
+    def measured(model, step, cache=None, steps=6):
+        demand = demand_of(workload_of(model, shape_of(model), step))
+        return demand.flop / 2e9 + demand.moved_bytes / 4e9 + demand.operations * 1e-5
+
+    monkeypatch.setattr("polyrank.calibrate.measure", measured)
+    path = tmp_path / "mine.toml"
+    words = ["device", "calibrate", "--out", str(path), "--watts", "7", "--name", "mine"]
+    monkeypatch.setattr(sys, "argv", ["polyrank", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr()
+    assert end.value.code == 0, told.err
+    assert "12 kinds of step, fitted within 0%" in told.out
+    known, fleet = find_fleet(str(path))
+    device = known.devices[fleet.members[0].device]
+    assert fleet.members[0].device == "mine"
+    assert device.peak_gflop_per_s * device.achieved_share == pytest.approx(2, rel=1e-3)
+    assert device.bandwidth_gb_per_s == pytest.approx(4, rel=1e-3)
+    assert device.launch_s == pytest.approx(1e-5, rel=1e-3)
+    assert (device.modes[0].compute_w, device.cuda) == (7, False)

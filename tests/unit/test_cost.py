@@ -252,7 +252,9 @@ def test_a_base_in_bf16_takes_half():
     narrow = replace(work, shape=replace(work.shape, word=2, weight_bytes=2 * work.shape.parameters))
     whole, half = memory_parts(work), memory_parts(narrow)
     assert whole["base"] == 2 * half["base"] == 4 * work.shape.parameters
-    assert forward(work).moved_bytes > forward(narrow).moved_bytes
+    rows = sum(one.inputs + 3 * one.outputs for one in work.shape.maps) * BATCH * LENGTH
+    halved = forward(work).moved_bytes - forward(narrow).moved_bytes
+    assert halved == pytest.approx(2 * rows + 2 * 500 * 64)  # rows of frozen maps, and the output layer once
     logits = 4 * 40 * 500
     assert whole["activations"] - logits == 2 * (half["activations"] - logits)
     assert whole["adapter"] == half["adapter"] == 4 * 4 * 3 * (3 * 64 + 64 + 2 * 32)

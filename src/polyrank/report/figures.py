@@ -61,9 +61,8 @@ def curve(
         figure, axes = _axes(x_label)
         for place, (name, (x, y)) in enumerate(lines.items()):
             colour, dashes = _colour(place), _again(_DASHES, place)
-            axes.plot(
-                x, y, color=colour, linestyle=dashes, label=name, marker="o", markersize=3.5, linewidth=1.8
-            )
+            look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3.5}
+            axes.plot(x, y, label=name, linewidth=1.8, **look)
         if level is not None:
             axes.axhline(level[1], color=INK, linestyle="--", linewidth=1, label=level[0])
         if whole:
