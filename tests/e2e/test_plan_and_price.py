@@ -43,6 +43,10 @@ EXTRA = {
 }
 
 
+OFTEN = ("fedit", "ffa", "slora", "hetlora", "legend+fedara")
+"""Methods that differ in what travels; all others are looked at in the slow tests."""
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -106,7 +110,9 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(tiny_settings, tmp_path
     assert re.search(r"client-0 \(toaster\) needs 0\.\d+ GB for 6 blocks, and may take 0\.05 GB", told[0])
 
 
-@pytest.mark.parametrize("method", recipes())
+@pytest.mark.parametrize(
+    "method", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in recipes()]
+)
 def test_a_plan_tells_the_bytes_of_the_first_round(inputs, method):
     """But for a digest of the state and sampled attempts, which a plan has no need of."""
     ways = [*EXTRA.get(method, ()), "adapter.rank=16", "fleet.name=edge3", "fleet.ignore_memory=true"]
