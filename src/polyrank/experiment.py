@@ -32,7 +32,7 @@ from polyrank.ledger import (
     slot_row,
     versions,
 )
-from polyrank.measures import MEASURES
+from polyrank.measures import MEASURES, SCORE_NAMES
 from polyrank.messages import Folds
 from polyrank.privacy import PrivateMean
 from polyrank.report import write_report
@@ -214,8 +214,9 @@ def _majority(experiment: Experiment) -> dict[str, float]:
 
 def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState) -> dict[str, float]:
     """Per-client evaluation: a row per client, and the mean and worst of them for the summary."""
-    lead, size = MEASURES[experiment.config.task][0], experiment.config.evaluation.batch_size
-    evaluation = evaluate_clients(experiment.federation, state, size)
+    task, size = experiment.config.task, experiment.config.evaluation.batch_size
+    lead = MEASURES[task][0]
+    evaluation = evaluate_clients(experiment.federation, state, size, SCORE_NAMES[task])
     scores = evaluation.scores
     folder.append(SCORES, score_rows(scores))
     spent: dict[str, float] = {
