@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
+from pydantic import ValidationError
 
 from polyrank.assemble import prepare
 from polyrank.client import handle
@@ -13,7 +15,7 @@ from polyrank.engine.flare import FlareEngine
 from polyrank.errors import InputError
 from polyrank.round import federated_round, make_task
 from polyrank.session import ClientError
-from polyrank.site import Site, SiteTable, kept_aside, read_table, tokenizer_digest
+from polyrank.site import Joined, Site, SiteTable, kept_aside, read_table, tokenizer_digest
 from polyrank.wire import WireError, encode_task
 from tests.site_runs import MIXED, SITES, make_sites, site_config
 from tests.small_runs import small_config
@@ -43,6 +45,17 @@ class Direct:
             population, {n: lambda *, timeout, s=s: s for n, s in self.sites.items()}, 9.0, OSError
         )
         return engine, {name: (one.num_examples, one.num_tokens) for name, one in joined.items()}
+
+
+@pytest.mark.parametrize("key", ["num_examples", "num_tokens", "num_holdout"])
+@pytest.mark.parametrize("count", ["-5", "1e15", "1000000000000001", "9" * 400])
+def test_a_site_has_no_number_of_texts_without_end(key, count):
+    """Its own word: 1e12 texts would own every mean, and 10^400 are no float."""
+    told = {"num_examples": 5, "num_tokens": 45, "num_holdout": 0, "device": "cpu", "threads": 1, "pid": 7}
+    text = json.dumps(told | {"loads": 1})
+    assert Joined.model_validate_json(text).num_examples == 5
+    with pytest.raises(ValidationError):
+        Joined.model_validate_json(text.replace(f'"{key}": {told[key]}', f'"{key}": {count}'))
 
 
 @pytest.mark.parametrize("method", ["voting", "mixed"])
