@@ -134,6 +134,11 @@ def read_config(folder: RunFolder) -> Config:
     return make_config(folder.read("config.json"))
 
 
+def config_digest(folder: RunFolder) -> str:
+    """sha256 of a run folder's config: a run that goes on must be by the very same."""
+    return hashlib.sha256((folder.path / "config.json").read_bytes()).hexdigest()
+
+
 def adapter_sha256(path: Path) -> str:
     """Fingerprint of the exported weights."""
     return hashlib.sha256((path / WEIGHTS_FILE).read_bytes()).hexdigest()

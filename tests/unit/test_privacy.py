@@ -18,6 +18,7 @@ from polyrank.accountant import Mechanism
 from polyrank.adapter import full_mask, prefix_mask
 from polyrank.aggregation import Anchored, FedAvg, ReplicationPadding
 from polyrank.allocation import RandomSlotChoice, Tiers, Uniform
+from polyrank.assemble import prepare
 from polyrank.changes import change_of
 from polyrank.charges import CHARGES, KEY, Charges, read_charges
 from polyrank.config import make_config
@@ -28,6 +29,7 @@ from polyrank.round import federated_round
 from polyrank.sampling import SampleAll, SampleCount, SamplePoisson, SecretSampling, expected_share
 from polyrank.state import ClientRecord
 from tests.builders import largest_difference, random_adapter, random_head, state_of, update_of
+from tests.small_runs import small_config
 from tests.unit.test_round import federation
 
 POISSON = SamplePoisson(rate=0.25)
@@ -244,6 +246,38 @@ def test_the_same_sum_is_the_same_release_and_another_is_paid_in_full(tmp_path):
     assert len((tmp_path / KEY).read_bytes()) == 32
 
 
+def test_a_record_of_other_noise_or_another_delta_is_refused(tmp_path):
+    """With less noise than the config says now, three rounds would have cost more than it thinks."""
+    pytest.importorskip("dp_accounting")
+    charges = Charges(tmp_path, Mechanism(1.5, None, 1e-5), 100.0, 0)
+    for round_ in range(3):
+        charges.charge(round_, b"%d" % round_)
+    whole = (tmp_path / CHARGES).read_bytes()
+    for mechanism in (Mechanism(15.0, None, 1e-5), Mechanism(1.5, 0.1, 1e-5), Mechanism(1.5, None, 1e-6)):
+        with pytest.raises(InputError, match=r"privacy.jsonl = .*: says epsilon 5\.\d+ where 3 releases by"):
+            Charges(tmp_path, mechanism, 100.0, 0)
+    assert (tmp_path / CHARGES).read_bytes() == whole
+    assert Charges(tmp_path, Mechanism(1.5, None, 1e-5), 100.0, 0).made_in() == [0, 1, 2]
+
+
+def test_the_same_sum_with_other_noise_is_another_release():
+    sums = clipped_sum(state_with(0), [], 1.0)
+    assert sums.content(0.5) == clipped_sum(state_with(0), [], 1.0).content(0.5)
+    assert sums.content(0.5) != sums.content(0.6)
+
+
+def test_clients_of_a_private_run_share_no_pass(tmp_path):
+    """In one, the last bits of a client's change depend on the others, past what the clip norm bounds."""
+    pytest.importorskip("dp_accounting")
+    fused = []
+    for method in ("plain", "private"):
+        config = small_config(tmp_path, method)
+        open_ = config.model_copy(update={"engine": config.engine.model_copy(update={"fuse": None})})
+        fused.append(prepare(open_).federation.engine.fuse)
+    assert fused[0] > 1
+    assert fused[1] == 1
+
+
 def test_a_line_that_was_never_finished_is_cut_off(tmp_path):
     pytest.importorskip("dp_accounting")
     charges = Charges(tmp_path, Mechanism(1.5, None, 1e-5), 100.0, 0)
@@ -347,6 +381,7 @@ def test_cohorts_of_a_private_run_do_not_follow_from_its_seed():
             "training.prune_keep = 0.5: does not go with privacy",
         ),
         ({"evaluation": {"per_client": True}}, "evaluation.per_client = True: must be false under privacy"),
+        ({"engine": {"fuse": 2}}, "engine.fuse = 2: must be 1 under privacy: in a shared pass"),
         ({"privacy": None, "sampling": {"kind": "poisson"}}, "sampling.kind = 'poisson': needs a [privacy]"),
         ({"privacy": {"delta": 1}}, "privacy.delta = 1: must be less than 1"),
         ({"privacy": {"noise_multiplier": 0}}, "privacy.noise_multiplier = 0: must be greater than 0"),
