@@ -9,7 +9,7 @@ STATUS = Path("/proc/self/status")
 
 
 class Peak:
-    """Forgets the peak so far when it is made (``ru_maxrss`` cannot: what came before would hide all below)."""
+    """Forgets the peak so far when it is made; ``ru_maxrss`` cannot, so that an old peak hides all below."""
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")

@@ -159,9 +159,11 @@ def forked(work: Callable[[], object], told: Path | None = None) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also where a disk that is full in here takes no word of it
+            os._exit(code)
 
 
 def command(*words: str) -> Callable[[], None]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyrank import durable
 from polyrank.config import Config
 from polyrank.measures import judged
 from polyrank.models.load import BaseModel, public_name
@@ -43,7 +44,7 @@ def write_card(
 
 </details>
 """
-    (path / "README.md").write_text(text, encoding="utf-8")
+    durable.write(path / "README.md", text.encode())
 
 
 def _front(model: BaseModel, merged: bool) -> str:

@@ -64,9 +64,11 @@ class Charges:
     def __init__(self, folder: Path, mechanism: Mechanism, budget: float, noise_seed: int | None) -> None:
         self.mechanism = mechanism
         self.budget = budget
-        self.key = secret(folder) if noise_seed is None else hashlib.sha256(b"%d" % noise_seed).digest()
         self._path = folder / CHARGES
-        self.made = read_charges(self._path)
+        with durable.disk_errors(folder):
+            seeded = None if noise_seed is None else hashlib.sha256(b"%d" % noise_seed).digest()
+            self.key = seeded or secret(folder)
+            self.made = read_charges(self._path)
         if self.made:
             self._check(self.made[-1])
 

@@ -99,9 +99,9 @@ def conduct(
     """
     started = time.perf_counter()
     state, config = experiment.start, experiment.config
-    federation = in_private(experiment, folder)
     rows = folder.read_rows("rounds.jsonl")
     try:
+        federation = in_private(experiment, folder)
         if manifest is None:
             inputs = {**experiment.inputs(), "config": config_digest(folder)}
             manifest = commit(folder, state, first_manifest(inputs), 0.0, config.keep_last)
@@ -123,7 +123,8 @@ def conduct(
                 folder.append("slots.jsonl", [slot_row(record)])
             wall_s, started = time.perf_counter() - started, time.perf_counter()
             manifest = commit(folder, state, manifest, wall_s, config.keep_last)
-            journal.unlink()
+            with durable.disk_errors(journal):
+                journal.unlink()
             yield rows[-1]
         yield finish(experiment, folder, state, rows, started - manifest["wall_s"])
     finally:
@@ -208,6 +209,8 @@ def finish(
     facts = (summary, folder.read("partition.json"))
     with durable.disk_errors(folder.path):
         write_card(folder.path / "adapter", experiment.model, config, facts)
+        durable.sync_folder(folder.path / "adapter")
+        durable.sync_folder(folder.path)  # the summary must not be there before what it speaks of
     folder.write("summary.json", summary)
     close_folder(folder)
     return summary

@@ -82,7 +82,7 @@ def decode_scores(data: bytes, task: EvaluateTask, names: Set[str]) -> ClientSco
     """The scores that answer ``task``.
 
     Args:
-        names: of its metrics, all of them: a summary reads them, and a row has columns of its own beside them.
+        names: of all its metrics: a summary reads them, and a row has other columns beside them.
 
     Raises: WireError as `decode_update`.
     """

@@ -17,6 +17,7 @@ from polyrank.ledger import RunFolder
 from polyrank.messages import Folds
 from polyrank.report import REPORT
 
+
 @dataclass(frozen=True, slots=True)
 class Reopened:
     """A run folder that this process may write, and how far its run had come.

@@ -87,7 +87,7 @@ def giving_up_a_slot(answer):
     """A whole and valid update of all slots but the last, as self-pruning would send it."""
     fed, state = federation()
     task = make_task(fed, state, state.active, answer.client)
-    told, numbers = open_reply(answer.payload)
+    told, _ = open_reply(answer.payload)
     task = dataclasses.replace(task, base=told["base"])
     update = decode_update(answer.payload, task)
     mask = {name: torch.arange(held.numel()) < held.numel() - 1 for name, held in update.mask.items()}
@@ -162,9 +162,7 @@ def spoilt(name, spoil):
     if name not in PRUNING:
         return federated_round(*federation({"c1": spoil}))
     training = Training(local_steps=2, batch_size=3, learning_rate=0.01, prune_keep=0.5)
-    return federated_round(
-        *federation({"c1": spoil}, training=training, aggregation=ReplicationPadding())
-    )
+    return federated_round(*federation({"c1": spoil}, training=training, aggregation=ReplicationPadding()))
 
 
 @pytest.fixture(scope="module")
