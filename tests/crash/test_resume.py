@@ -19,6 +19,7 @@ from polyrank import experiment, restart
 from polyrank.accountant import Mechanism
 from polyrank.charges import CHARGES
 from polyrank.commit import CHECKPOINTS, commit
+from polyrank.engine import workers
 from polyrank.errors import InputError
 from polyrank.restart import reopen
 from tests.small_runs import METHODS, command, ended, forked, results, small_config, tree
@@ -286,26 +287,32 @@ def test_every_stateful_method_is_among_the_killed():
 
 
 def test_a_run_its_resume_and_its_export_unpickle_nothing(inputs, tmp_path):
-    """Python tells an audit hook of every name that a pickle asks for."""
+    """Python tells an audit hook of every name that a pickle asks for, in forked workers as well."""
     from polyrank.assemble import prepare
     from polyrank.experiment import conduct, open_folder
     from polyrank.export import export_run
 
-    def work(control: bool) -> None:
-        asked = []
-        sys.addaudithook(lambda event, words: asked.append(words) if event == "pickle.find_class" else None)
+    def unpickle() -> None:
+        pickle = importlib.import_module("pickle")
+        pickle.loads(pickle.dumps(Path()))
+
+    def work(where: str) -> None:
+        sys.addaudithook(lambda event, words: os._exit(3) if event == "pickle.find_class" else None)
+        answers = workers._answers
+        if where == "in a worker":
+            workers._answers = lambda *given: [unpickle(), answers(*given)][1]
         experiment = prepare(small_config(inputs, "stacking", "engine.workers=2", "rounds=2"))
-        folder = open_folder(experiment, tmp_path / f"run-{control}")
+        folder = open_folder(experiment, tmp_path / f"run {where}")
         rows = conduct(experiment, folder)
         next(rows)
         rows.close()
         polyrank.resume(folder.path)
-        export_run(folder.path, folder.path / "merged", merged=True)
-        if control:
-            pickle = importlib.import_module("pickle")
-            pickle.loads(pickle.dumps(Path()))
-        if asked:
+        if sum(row["failed"] for row in folder.read_rows("rounds.jsonl")):  # a worker is gone
             raise SystemExit(3)
+        export_run(folder.path, folder.path / "merged", merged=True)
+        if where == "at the end":
+            unpickle()
 
-    assert ended(forked(lambda: work(False), tmp_path / "told")) == 0, (tmp_path / "told.err").read_text()
-    assert ended(forked(lambda: work(True))) == 3
+    assert ended(forked(lambda: work("nowhere"), tmp_path / "told")) == 0, (tmp_path / "told.err").read_text()
+    assert ended(forked(lambda: work("at the end"))) == 3
+    assert ended(forked(lambda: work("in a worker"))) in (1, 3)
