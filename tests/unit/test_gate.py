@@ -328,7 +328,7 @@ def attack(count, seed):
             assert open_reply(again)[0] == open_reply(hostile)[0]  # it is what was sent, in every field
             assert all(torch.equal(t, open_reply(hostile)[1][n]) for n, t in open_reply(again)[1].items())
             if hostile[:16] == data[:16]:
-                assert hostile == data
+                assert hostile == data, "a changed message passed under its old digest"
         slowest = max(slowest, time.thread_time() - start)
     assert all(short for _, short in told)
     assert len(told) > 5  # many checks were reached
@@ -340,6 +340,13 @@ def attack(count, seed):
 def test_ten_thousand_hostile_updates():
     accepted = attack(10_000, 0)
     assert 0 < accepted < 2_000  # numbers that were changed and sealed again are what that client sent
+
+
+def test_without_the_digest_a_changed_message_would_pass(monkeypatch):
+    """The control of the two around it."""
+    monkeypatch.setattr("polyrank.wire._unsealed", lambda data: data[16:])
+    with pytest.raises(AssertionError, match="a changed message passed under its old digest"):
+        attack(10_000, 0)
 
 
 @pytest.mark.slow
