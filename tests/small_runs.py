@@ -19,7 +19,7 @@ from polyrank.errors import InputError, RunError
 
 WORDS = [f"word{i}" for i in range(80)]
 RESULTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "state.safetensors")
-LEDGERS = ("rounds.jsonl", "clients.jsonl", "slots.jsonl", "client_scores.jsonl")
+LEDGERS = ("rounds.jsonl", "clients.jsonl", "slots.jsonl", "client_scores.jsonl", "privacy.jsonl")
 METHODS: dict[str, list[str]] = {
     "plain": [],
     "fused": ["engine.fuse=2", "rounds=3"],
@@ -46,6 +46,11 @@ METHODS: dict[str, list[str]] = {
         "model.max_length=30",
         "evaluation.responses=2",
         "evaluation.max_new_tokens=4",
+    ],
+    "private": [
+        "aggregation.weights=uniform",
+        "evaluation.per_client=false",
+        "privacy={noise_multiplier=20, clip_norm=0.001, noise_seed=5}",
     ],
     "pruning": ["method=hetlora", "allocation.tiers=[{rank=2,share=0.5},{rank=3,share=0.5}]"],
 }
@@ -154,9 +159,11 @@ def forked(work: Callable[[], object], told: Path | None = None) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also where a disk that is full in here takes no word of it
+            os._exit(code)
 
 
 def command(*words: str) -> Callable[[], None]:

@@ -316,6 +316,8 @@ def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.d
     assert isinstance(config.engine, Embedded)
     if isinstance(config.aggregation, Stacking):
         return 1  # each client stays with the worker that has its folds
+    if config.privacy is not None:
+        return 1  # in a shared pass the last bits of one client's change depend on the others' texts
     if config.engine.fuse is not None:
         return config.engine.fuse
     texts = sum(len(env.train) for env in environments.values())

@@ -1,9 +1,10 @@
 """The commit of a round: all of it is on the disk, or none of it.
 
-    1  rows go to the end of the ledgers            5  the manifest says size and sha256 of every part
-    2  a folder 00004.tmp, swept if one was there   6  fsync of the folder, rename to 00004
-    3  folds that are new, each a file of its own   7  fsync of the folder above
-    4  the state without folds                      8  checkpoints past ``keep_last`` go
+    1  rows go to the end of the ledgers            5  the state without folds
+    2  fsync of the run folder                      6  the manifest says size and sha256 of every part
+    3  folds that are new, each a file of its own   7  fsync of the folder, rename to 00004
+    4  a folder 00004.tmp, swept if one was there   8  fsync of the folder above
+                                                    9  checkpoints past ``keep_last`` go
 
 Every file is synced before the manifest is, and the manifest before the rename. So a checkpoint that has its
 name is whole; one that is damaged later does not verify, and the one before it is taken. Ledgers are only
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +70,7 @@ def commit(
     home = folder.path / CHECKPOINTS
     with durable.disk_errors(home):
         home.mkdir(exist_ok=True)
+        durable.sync_folder(folder.path)  # its name, and those of ledgers that were begun since
         data = encode_state(replace(state, folds=()))
         folds = {number: encode_fold(state.folds[number]) for number in _new(state, before)}
         durable.need_space(home, len(data) + sum(map(len, folds.values())))
@@ -94,6 +97,8 @@ def commit(
         durable.sync_folder(home)
         for number in sorted(_numbers(home))[:-keep_last]:
             durable.drop_folder(_place(home, number))
+        for left in home.glob("[0-9]*.tmp"):  # by a kill amid such a sweep
+            shutil.rmtree(left, ignore_errors=True)
     return manifest
 
 

@@ -88,7 +88,7 @@ class Embedded(Schema):
     prefix_dtype: Literal["fp32", "bf16"] = "fp32"
     fuse: Count | None = None
     """Clients whose steps go through the base model in one pass; without a number, as many as fill one:
-    512 tokens on a CPU, 32,768 on a GPU. Equal to one by one up to rounding, not to the bit."""
+    512 tokens on a CPU, 32,768 on a GPU; one under privacy. Equal to one by one up to rounding."""
     threads: Count = 1
     """Threads of torch in each of them; the same number gives the same bits."""
 
@@ -295,6 +295,9 @@ class Config(Schema):
         if self.fleet is not None:
             allowed = "does not go with privacy: who comes late goes by how many texts a client has"
             raise InputError("fleet", self.fleet.name, allowed)
+        if self.engine.kind == "embedded" and (self.engine.fuse or 1) > 1:
+            allowed = "must be 1 under privacy: in a shared pass one client's last bits depend on the others"
+            raise InputError("engine.fuse", self.engine.fuse, allowed)
         if self.evaluation.per_client:
             allowed = "must be false under privacy: scores on clients' own texts carry no noise"
             raise InputError("evaluation.per_client", True, allowed)

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import Field, ValidationError
 
 from polyrank.errors import InputError, choices
 from polyrank.schema import Schema
 from polyrank.seed import seed_for
+from polyrank.tables import read_toml
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -191,15 +192,10 @@ def find_fleet(name: str) -> tuple[Catalogue, Fleet]:
     known = packaged()
     if not name.endswith(".toml"):
         return known, _named("fleet.name", name, known.fleets)
-    path = Path(name)
+    tables = dict(read_toml(Path(name), "fleet.name"))
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         fleet = Fleet.model_validate(tables.pop("fleet", {}))
         own = Catalogue.model_validate(tables)
-    except OSError as error:
-        raise InputError("fleet.name", name, f"cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError("fleet.name", name, f"is not valid TOML ({error})") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -52,7 +52,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """More bytes at the end of a file, on the disk when this returns."""
+    """More bytes at the end of a file, on the disk when this returns; the name of a new file is not yet."""
     _put(path, data, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
@@ -62,6 +62,17 @@ def replace(path: Path, data: bytes) -> None:
     write(unfinished, data)
     os.replace(unfinished, path)
     sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """A new folder, with those above it that are not there; their names are on the disk when this returns.
+
+    Raises: OSError when it is there already or cannot be made.
+    """
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True)
+    for folder in new:
+        sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

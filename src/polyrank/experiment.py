@@ -14,13 +14,14 @@ from polyrank import durable
 from polyrank.adapter import num_slots, restrict
 from polyrank.assemble import Experiment, prepare
 from polyrank.card import write_card
+from polyrank.charges import CHARGES, BudgetError, read_charges
 from polyrank.checkpoint import STATE_FILE, save_state
 from polyrank.client import catch_up
 from polyrank.commit import CHECKPOINTS, Manifest, commit, first_manifest
 from polyrank.config import Config
-from polyrank.errors import RunError
+from polyrank.errors import InputError, RunError
 from polyrank.evaluation import evaluate, majority_rate
-from polyrank.export import adapter_sha256, export_adapter
+from polyrank.export import adapter_sha256, config_digest, export_adapter
 from polyrank.ledger import (
     RunFolder,
     client_rows,
@@ -32,7 +33,7 @@ from polyrank.ledger import (
     slot_row,
     versions,
 )
-from polyrank.measures import MEASURES
+from polyrank.measures import MEASURES, SCORE_NAMES
 from polyrank.messages import Folds
 from polyrank.privacy import PrivateMean
 from polyrank.report import write_report
@@ -98,14 +99,22 @@ def conduct(
     """
     started = time.perf_counter()
     state, config = experiment.start, experiment.config
-    federation = in_private(experiment, folder)
     rows = folder.read_rows("rounds.jsonl")
     try:
+        federation = in_private(experiment, folder)
         if manifest is None:
-            manifest = commit(folder, state, first_manifest(experiment.inputs()), 0.0, config.keep_last)
+            inputs = {**experiment.inputs(), "config": config_digest(folder)}
+            manifest = commit(folder, state, first_manifest(inputs), 0.0, config.keep_last)
         for round_ in range(state.round, federation.rounds):
             journal = folder.path / JOURNAL / f"{round_:05d}"
-            state, record = federated_round(federation, state, journal)
+            try:
+                state, record = federated_round(federation, state, journal)
+            except BudgetError:
+                if not rows:
+                    raise
+                found = evaluate_global(experiment, state)
+                rows[-1] |= {f"test_{name}": value for name, value in found.items()}
+                break  # a round that was done again took what was left: the run ends with the one before
             due = (round_ + 1) % config.evaluation.every == 0 or round_ + 1 == federation.rounds
             rows.append(round_row(record, evaluate_global(experiment, state) if due else None))
             folder.append("rounds.jsonl", rows[-1:])
@@ -114,7 +123,8 @@ def conduct(
                 folder.append("slots.jsonl", [slot_row(record)])
             wall_s, started = time.perf_counter() - started, time.perf_counter()
             manifest = commit(folder, state, manifest, wall_s, config.keep_last)
-            journal.unlink()
+            with durable.disk_errors(journal):
+                journal.unlink()
             yield rows[-1]
         yield finish(experiment, folder, state, rows, started - manifest["wall_s"])
     finally:
@@ -123,11 +133,17 @@ def conduct(
 
 
 def in_private(experiment: Experiment, folder: RunFolder) -> Federation:
-    """The federation of a run whose config asks for privacy: its noise and its record live in the folder."""
+    """The federation of a run whose config asks for privacy: its noise and its record live in the folder.
+
+    Raises: InputError when the record is not that of the rounds that are done.
+    """
     config, fed = experiment.config, experiment.federation
     if config.privacy is None:
         return fed
     charges = config.privacy.open(folder.path, config.sampling)
+    if lost := sorted(set(range(experiment.start.round)) - set(charges.made_in())):
+        allowed = f"holds no charge of round {lost[0]}, which is done; what was spent is not known any more"
+        raise InputError(CHARGES, str(folder.path / CHARGES), allowed)
     share = expected_share(config.sampling, len(experiment.partition["clients"]))
     rule = PrivateMean(config.privacy, config.aggregation, config.allocation, share, charges)
     sampling = SecretSampling(config.sampling, int.from_bytes(charges.key))
@@ -179,7 +195,8 @@ def finish(
     if config.fleet is not None:
         summary |= simulated_totals(rows)
     if config.privacy is not None:
-        summary |= {"epsilon": last["epsilon"], "delta": last["delta"]}
+        spent = read_charges(folder.path / CHARGES)[-1]  # also for a round that was begun and given up
+        summary |= {"epsilon": spent.epsilon, "delta": spent.delta}
     if config.robust is not None:
         summary["robust_limits"] = config.robust.limits()
     if config.evaluation.per_client:
@@ -192,6 +209,8 @@ def finish(
     facts = (summary, folder.read("partition.json"))
     with durable.disk_errors(folder.path):
         write_card(folder.path / "adapter", experiment.model, config, facts)
+        durable.sync_folder(folder.path / "adapter")
+        durable.sync_folder(folder.path)  # the summary must not be there before what it speaks of
     folder.write("summary.json", summary)
     close_folder(folder)
     return summary
@@ -214,8 +233,9 @@ def _majority(experiment: Experiment) -> dict[str, float]:
 
 def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState) -> dict[str, float]:
     """Per-client evaluation: a row per client, and the mean and worst of them for the summary."""
-    lead, size = MEASURES[experiment.config.task][0], experiment.config.evaluation.batch_size
-    evaluation = evaluate_clients(experiment.federation, state, size)
+    task, size = experiment.config.task, experiment.config.evaluation.batch_size
+    lead = MEASURES[task][0]
+    evaluation = evaluate_clients(experiment.federation, state, size, SCORE_NAMES[task])
     scores = evaluation.scores
     folder.append(SCORES, score_rows(scores))
     spent: dict[str, float] = {

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from polyrank import durable
 from polyrank.adapter import Adapter, Factors, restrict
 from polyrank.aggregation.product import stack, truncated_svd
 from polyrank.assemble import load_model
 from polyrank.card import write_card
 from polyrank.checkpoint import STATE_FILE, load_state
 from polyrank.config import Config, make_config
-from polyrank.errors import InputError
+from polyrank.errors import InputError, first_line
 from polyrank.ledger import RunFolder, refuse_existing
 from polyrank.lowrank import fold
 from polyrank.models.load import BaseModel, pick_device, public_name, quiet, write_head
@@ -33,7 +35,7 @@ _TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 def export_adapter(model: BaseModel, state: ServerState, path: Path, *, uniform: bool = False) -> None:
-    """Write the active slots and the head in PEFT's format.
+    """Write the active slots and the head in PEFT's format, each file on the disk when this returns.
 
     e is folded into A, and ``alpha_pattern`` is scale x rank, so that PEFT's ``alpha / r`` is the
     module's scale at every rank. Modules without active slots are absent.
@@ -41,15 +43,13 @@ def export_adapter(model: BaseModel, state: ServerState, path: Path, *, uniform:
     Args:
         uniform: pad every module with zero slots to the largest rank, for engines that read one rank.
     """
-    path.mkdir()
+    path.mkdir(parents=True)
     adapter = served_adapter(state)
     if uniform:
         adapter = padded(adapter)
-    save_file(peft_tensors(adapter, state), path / WEIGHTS_FILE, metadata={"format": "pt"})
-    (path / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable for its owner alone
-    config = peft_config(model, adapter)
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    durable.write(path / WEIGHTS_FILE, save(peft_tensors(adapter, state), metadata={"format": "pt"}))
+    text = json.dumps(peft_config(model, adapter), indent=2, sort_keys=True)
+    durable.write(path / "adapter_config.json", f"{text}\n".encode())
 
 
 def served_adapter(state: ServerState) -> Adapter:
@@ -94,7 +94,9 @@ def export_run(run: Path, out: Path, *, merged: bool, uniform: bool = False) -> 
     Args:
         uniform: of the adapter, one rank for all modules.
 
-    Raises: InputError when the run is not finished or ``out`` exists.
+    Raises:
+        InputError: the run is not finished, or ``out`` exists.
+        RunError: the disk does not take it.
     """
     if merged and uniform:
         raise InputError("--uniform-rank", True, "goes without --merge, which leaves no rank")
@@ -106,12 +108,12 @@ def export_run(run: Path, out: Path, *, merged: bool, uniform: bool = False) -> 
     )  # to fold in full precision
     model = load_model(config.model_copy(update={"model": plain}), facts[1]["labels"], pick_device("cpu"))
     state = load_state(run / STATE_FILE)
-    if merged:
-        _save_merged(model, state, out)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        export_adapter(model, state, out, uniform=uniform)
-    write_card(out, model, config, facts)
+    with durable.disk_errors(out):
+        if merged:
+            _save_merged(model, state, out)
+        else:
+            export_adapter(model, state, out, uniform=uniform)
+        write_card(out, model, config, facts)
     return out
 
 
@@ -123,7 +125,10 @@ def _save_merged(model: BaseModel, state: ServerState, out: Path) -> None:
         before = AutoConfig.from_pretrained(model.source)
         if hasattr(before, "use_cache"):
             model.network.config.use_cache = before.use_cache
-        model.network.save_pretrained(out)
+        try:
+            model.network.save_pretrained(out)
+        except SafetensorError as error:  # how the library tells of a full disk
+            raise OSError(first_line(error)) from error
         model.tokenizer.save_pretrained(out)
     for path in out.glob("*.safetensors"):
         path.chmod(0o644)
@@ -132,6 +137,11 @@ def _save_merged(model: BaseModel, state: ServerState, out: Path) -> None:
 def read_config(folder: RunFolder) -> Config:
     """The resolved config that a run folder keeps."""
     return make_config(folder.read("config.json"))
+
+
+def config_digest(folder: RunFolder) -> str:
+    """sha256 of a run folder's config: a run that goes on must be by the very same."""
+    return hashlib.sha256((folder.path / "config.json").read_bytes()).hexdigest()
 
 
 def adapter_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ In this order, each with a reason by which refusals are counted, and nothing lat
 
     empty too_large           size, against what the task's slots can need at most
     digest header             one message, damaged nowhere, with nothing in it that is not needed
+    shape                     flat tensors, each no longer than the message, before room is made for any
     kind client round attempt base        an answer to this very task
     examples metrics          counts within what the client registered, a few bounded numbers
     missing extra dtype shape slots votes        exactly the tensors of the slots that were assigned
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,9 @@ def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None
     if missing := _NEEDED - set(metrics):
         raise WireError(f"metrics lack {', '.join(sorted(missing))}", "metrics")
     votes_due = task.ballot is not None and not task.ballot.masks
-    _named(tensors, {"adapter", "head"} | ({"votes"} if votes_due else set()), {"mask"})
+    prunes = task.training.prune_keep is not None  # or a client could give up slots that a rule counts on
+    needed = {"adapter", "head"} | ({"votes"} if votes_due else set())
+    _named(tensors, needed, {"mask"} if prunes else set())
     mask = _kept(tensors, task)
     sent = restrict(task.adapter, within(mask, task.mask))
     adapter = unflatten_adapter(tensors["adapter"], sent, trained_parts(task.training))
@@ -75,14 +78,22 @@ def decode_update(data: bytes, task: TrainTask, most_examples: int | None = None
     return ClientUpdate(task.round, task.client, mask, adapter, head, num_examples, metrics, votes)
 
 
-def decode_scores(data: bytes, task: EvaluateTask) -> ClientScores:
-    """Raises: WireError as `decode_update`."""
+def decode_scores(data: bytes, task: EvaluateTask, names: Set[str]) -> ClientScores:
+    """The scores that answer ``task``.
+
+    Args:
+        names: of all its metrics: a summary reads them, and a row has other columns beside them.
+
+    Raises: WireError as `decode_update`.
+    """
     _bounded_size(data, _BESIDES + _max_header(task))
     meaning, tensors = open_reply(data, _max_header(task))
     _answers(meaning, {"kind": "scores", "client": task.client, "round": task.round})
-    claims = _claims(meaning, None)
+    count, metrics = _claims(meaning, None)
+    if set(metrics) != names:
+        raise WireError(f"metrics are not {', '.join(sorted(names))}", "metrics")
     _named(tensors, set(), set())
-    return ClientScores(task.round, task.client, *claims)
+    return ClientScores(task.round, task.client, count, metrics)
 
 
 def most_bytes(task: TrainTask) -> int:

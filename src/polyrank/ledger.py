@@ -113,7 +113,7 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
     if out is not None:
         refuse_existing(out)
         try:
-            out.mkdir(parents=True)
+            durable.make_folder(out)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise InputError("--out", str(out), f"cannot be made ({why})") from error
@@ -122,7 +122,7 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
     while True:
         path = Path("runs") / f"{stem}-{number}"
         try:
-            path.mkdir(parents=True)
+            durable.make_folder(path)
         except FileExistsError:
             number += 1
         else:

@@ -42,6 +42,8 @@ MEASURES: Mapping[str, Measures] = {
     ),
 }
 """By task."""
+SCORE_NAMES = {task: frozenset({"loss", *(one.key for one in both)}) for task, both in MEASURES.items()}
+"""Names of all numbers that a model is scored by, by task."""
 
 
 def measures_of(row: Mapping[str, Any], prefix: str = "test_") -> Measures | None:

@@ -94,11 +94,11 @@ class PrivateMean:
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Aggregate one cohort, which may be empty.
 
-        Raises: RunError when the budget does not pay for it.
+        Raises: BudgetError when the budget does not pay for it.
         """
         sums = clipped_sum(state, updates, self.privacy.clip_norm)
-        charge = self.charges.charge(state.round, sums.content())  # on disk before anything is released
         deviation = self.privacy.noise_multiplier * self.privacy.clip_norm
+        charge = self.charges.charge(state.round, sums.content(deviation))  # on disk before any release
         sums.add_noise(deviation, self.charges.key, charge.number)
         masks = list(self.allocation.allocate(state, list(state.clients)).values())
         holders = {name: torch.stack([mask[name] for mask in masks]).sum(dim=0) for name in sums.modules}
@@ -131,9 +131,10 @@ class Sums:
             yield from parts.values()
         yield from self.head.values()
 
-    def content(self) -> bytes:
+    def content(self, deviation: float) -> bytes:
         """The numbers as bytes, and what besides them decides the noise that they get."""
-        return b"".join([np.__version__.encode(), *(t.numpy().tobytes() for t in self.tensors())])
+        besides = f"{np.__version__} {deviation!r}".encode()
+        return b"".join([besides, *(t.numpy().tobytes() for t in self.tensors())])
 
     def add_noise(self, deviation: float, key: bytes, number: int) -> None:
         """Add independent Gaussian noise to every number, the same for the same key and number."""

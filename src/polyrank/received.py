@@ -101,8 +101,12 @@ class Received:
         return decode_update(self._file.read(size), self.task(client))
 
     def close(self) -> None:
-        """Close the file; one without a name is gone then."""
-        self._file.close()
+        """Close the file; one without a name is gone then.
+
+        Raises: RunError when the disk does not take what it still refuses.
+        """
+        with disk_errors(self.path):
+            self._file.close()
 
 
 class Updates(Sequence[ClientUpdate]):

@@ -12,12 +12,10 @@ from polyrank.client import MissingFoldsError, catch_up
 from polyrank.commit import Committed, Manifest, newest, rewind
 from polyrank.errors import InputError
 from polyrank.experiment import JOURNAL, Result, close_folder, conduct, describe
-from polyrank.export import read_config
+from polyrank.export import config_digest, read_config
 from polyrank.ledger import RunFolder
 from polyrank.messages import Folds
 from polyrank.report import REPORT
-
-_WHAT = {"data": "data.source", "model": "model.name"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def resume(run: str | Path) -> Result:
     """Finish a run that stopped; one that is finished stays as it is.
 
     Raises:
-        InputError: the folder holds no run, another process writes it, or its data or model changed.
+        InputError: the folder holds no run, another process writes it, or its config, data or model changed.
         RunError: the run cannot go on.
     """
     reopened = reopen(Path(run))
@@ -77,27 +75,32 @@ def restore(reopened: Reopened, network: Network | None = None) -> tuple[Experim
     Args:
         network: the way to real sites, where the run has some.
 
-    Raises: InputError when the data or the model are not those that the run began with.
+    Raises: InputError when the config, the data or the model are not those that the run began with.
     """
     folder, committed = reopened.folder, reopened.committed
+    if committed is not None:
+        _unchanged(committed, "config", config_digest(folder), ("RUN", str(folder.path / "config.json")))
     experiment = prepare(read_config(folder), network)
     if committed is None:
         durable.drop_folder(folder.path / JOURNAL)
         rewind(folder, None)
         describe(experiment, folder)
         return experiment, None
-    found, expected = experiment.inputs(), committed.manifest["inputs"]
-    for name, key in _WHAT.items():
-        if found[name] != expected.get(name):
-            value = getattr(experiment.config, name)
-            allowed = "has changed since the run began, so that the run cannot go on"
-            raise InputError(key, value.source if name == "data" else value.name, allowed)
+    config, found = experiment.config, experiment.inputs()
+    _unchanged(committed, "data", found["data"], ("data.source", config.data.source))
+    _unchanged(committed, "model", found["model"], ("model.name", config.model.name))
     rewind(folder, committed)
     _give_back_folds(experiment, committed)
     state = committed.state
     if network is not None:  # their processes began anew as well, and hold no fold
         state = replace(state, clients={c: replace(record, folds=0) for c, record in state.clients.items()})
     return replace(experiment, start=state), committed.manifest
+
+
+def _unchanged(committed: Committed, name: str, found: str, told: tuple[str, str]) -> None:
+    """Raises: InputError, of a key and its value, when an input is not the one that the run began with."""
+    if committed.manifest["inputs"].get(name) != found:
+        raise InputError(*told, "has changed since the run began, so that the run cannot go on")
 
 
 def _give_back_folds(experiment: Experiment, committed: Committed) -> None:

@@ -10,7 +10,7 @@ are good, and the caller writes records.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -354,8 +354,14 @@ def _score(
     return fed.validate(state, received.read(reply.client))
 
 
-def evaluate_clients(fed: Federation, state: ServerState, batch_size: int) -> ClientEvaluation:
-    """Score the global model on every client's held-out examples; clients that fail are left out."""
+def evaluate_clients(
+    fed: Federation, state: ServerState, batch_size: int, names: Set[str]
+) -> ClientEvaluation:
+    """Score the global model on every client's held-out examples; clients that fail are left out.
+
+    Args:
+        names: of the scores that every client has to give.
+    """
     adapter = restrict(state.adapter, state.active)
     down: list[int] = []
 
@@ -374,6 +380,6 @@ def evaluate_clients(fed: Federation, state: ServerState, batch_size: int) -> Cl
         bytes_up += len(answer.payload or b"")
         if answer.payload is not None:
             with contextlib.suppress(WireError):
-                scores[answer.client] = decode_scores(answer.payload, task(answer.client))
+                scores[answer.client] = decode_scores(answer.payload, task(answer.client), names)
     ordered = [scores[client.id] for client in fed.engine.clients() if client.id in scores]
     return ClientEvaluation(ordered, sum(down), bytes_up)

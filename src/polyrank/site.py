@@ -41,6 +41,8 @@ from polyrank.tables import as_input_error, read_toml
 from polyrank.wire import decode_task, task_bytes
 
 Count = Annotated[int, Field(ge=1)]
+MAX_TEXTS = 10**8
+"""A site's own word for how many texts it has decides its weight in a mean, so there is an end to it."""
 
 
 class SiteModel(Schema):
@@ -132,10 +134,10 @@ class Joined(Schema):
         loads: how often that process has loaded the base model.
     """
 
-    num_examples: Count
-    num_tokens: Count
-    num_taught: Count
-    num_holdout: int
+    num_examples: Annotated[Count, Field(le=MAX_TEXTS)]
+    num_tokens: Annotated[Count, Field(le=10**6 * MAX_TEXTS)]
+    num_taught: Annotated[Count, Field(le=10**6 * MAX_TEXTS)]
+    num_holdout: Annotated[int, Field(ge=0, le=MAX_TEXTS)]
     device: str
     threads: int
     pid: int

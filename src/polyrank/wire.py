@@ -196,7 +196,8 @@ def _reply(kind: str, reply: ClientUpdate | ClientScores) -> dict[str, Any]:
 def open_reply(data: bytes, max_header: int = MAX_REPLY_HEADER) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Meaning and tensors of a reply; what they say is for `gate.py` to check.
 
-    Raises: WireError when the bytes are not one message, spelt without anything that it does not need.
+    Raises: WireError when the bytes are not one message of flat tensors, spelt without anything that it does
+        not need.
     """
     body = _unsealed(data)
     size = int.from_bytes(body[:8], "little")
@@ -208,9 +209,22 @@ def open_reply(data: bytes, max_header: int = MAX_REPLY_HEADER) -> tuple[dict[st
             raise WireError("metadata besides that of polyrank")
         if any(set(entry) != {"dtype", "shape", "data_offsets"} for entry in header.values()):
             raise WireError("a tensor that is described by other keys")
+        shapes = {name: entry["shape"] for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"not a polyrank message: {error}") from error
+    for name, shape in shapes.items():
+        _is_row(name, shape, len(body))
     return _decode(data)
+
+
+def _is_row(name: str, shape: object, most: int) -> None:
+    """Look at a shape before anything is made of it: a product of its numbers may have no end.
+
+    Raises: WireError when it is not that of a flat tensor that the message has room for.
+    """
+    (length,) = shape if isinstance(shape, list) and len(shape) == 1 else (None,)
+    if type(length) is not int or not 0 <= length <= most:
+        raise WireError(f"tensor {name[:64]} is no row of at most {most} numbers", "shape")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -365,7 +379,7 @@ def _decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         size = int.from_bytes(body[:8], "little")
         meaning = json.loads(json.loads(body[8 : 8 + size])["__metadata__"][_METADATA])
         tensors = load(body)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
         raise WireError(f"not a polyrank message: {error}") from error
     if not isinstance(meaning, dict) or meaning.get("format") != FORMAT:
         raise WireError("not a polyrank message of a known format")

@@ -15,26 +15,38 @@ from pathlib import Path
 import pytest
 
 import polyrank.config
-from polyrank.commit import CHECKPOINTS
+from polyrank import experiment, restart
+from polyrank.accountant import Mechanism
+from polyrank.charges import CHARGES
+from polyrank.commit import CHECKPOINTS, commit
+from polyrank.engine import workers
 from polyrank.errors import InputError
 from polyrank.restart import reopen
 from tests.small_runs import METHODS, command, ended, forked, results, small_config, tree
 
-STATEFUL = ("plain", "fused", "voting", "loss_based", "stacking", "federa", "pruning", "causal")
+STATEFUL = ("plain", "fused", "voting", "loss_based", "stacking", "federa", "pruning", "causal", "private")
 
 
-def killed_at(run, moment_s: float, out: Path) -> int:
+def killed_at(run, moment_s: float, out: Path) -> bool:
+    """Whether the kill came before the end."""
     pid = forked(lambda: run(out))
     time.sleep(moment_s)
     os.kill(pid, signal.SIGKILL)
-    return ended(pid)
+    return ended(pid) == -signal.SIGKILL
 
 
 def kill_and_resume(prepared, method: str, draw: random.Random) -> None:
     """Kill a run at a random moment, and the run that resumes it at another; then let it finish."""
+    if method == "private":
+        pytest.importorskip("dp_accounting")
     ready = prepared(method)
-    out = ready.fresh()
-    killed_at(ready.run, draw.random() * ready.whole_s, out)
+    for _ in range(5):
+        out = ready.fresh()
+        if killed_at(ready.run, draw.random() * ready.whole_s, out):
+            break
+        shutil.rmtree(out)
+    else:
+        pytest.fail("every one of five runs was done before it was killed")
     killed_at(ready.finish, draw.random() * ready.whole_s / 2, out)
     last = out if (out / "config.json").exists() else ready.fresh()
     work = ready.resume if last is out else ready.run
@@ -52,6 +64,82 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(prepared, numbe
 @pytest.mark.parametrize("number", range(200))
 def test_two_hundred_kills(prepared, number):
     kill_and_resume(prepared, STATEFUL[number % len(STATEFUL)], random.Random(1000 + number))
+
+
+def test_without_the_rewind_a_resumed_run_has_other_results(prepared, monkeypatch):
+    """The control: rows of a round that was not committed stay, and are there twice."""
+    ready = prepared("plain")
+    out = ready.fresh()
+
+    def stops_before_a_commit():
+        def dies(folder, state, *rest):
+            if state.round == 2:
+                os._exit(9)
+            return commit(folder, state, *rest)
+
+        experiment.commit = dies
+        ready.run(out)
+
+    assert ended(forked(stops_before_a_commit)) == 9
+    monkeypatch.setattr(restart, "rewind", lambda folder, committed: None)
+    assert ended(forked(lambda: ready.resume(out))) == 0
+    assert results(out) != ready.expected
+
+
+def changed_config(out: Path, table: str, **changes) -> None:
+    config = json.loads((out / "config.json").read_text())
+    config[table] |= changes
+    (out / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("method", ["plain", "private"])
+def test_another_config_is_refused(prepared, method, tmp_path):
+    """Noise that was turned down in between would be charged as if it had always been so."""
+    if method == "private":
+        pytest.importorskip("dp_accounting")
+    ready = prepared(method)
+    out = ready.stopped(2)
+    before = (out / "config.json").read_text()
+    if method == "private":
+        changed_config(out, "privacy", noise_multiplier=40)
+    else:
+        changed_config(out, "training", learning_rate=0.03)
+    assert ended(forked(lambda: ready.resume(out), tmp_path / "told")) == 2
+    told = (tmp_path / "told.err").read_text()
+    assert told == (
+        f"RUN = '{out / 'config.json'}': has changed since the run began, so that the run cannot go on\n"
+    )
+    (out / "config.json").write_text(before)
+    assert ended(forked(lambda: ready.resume(out))) == 0
+    assert results(out) == ready.expected
+
+
+def test_a_private_run_that_lost_its_record_is_refused(prepared, tmp_path):
+    pytest.importorskip("dp_accounting")
+    ready = prepared("private")
+    out = ready.stopped(2)
+    (out / CHARGES).unlink()
+    assert ended(forked(lambda: ready.resume(out), tmp_path / "told")) == 2
+    lost = "holds no charge of round 0, which is done; what was spent is not known any more"
+    assert (tmp_path / "told.err").read_text() == f"{CHARGES} = '{out / CHARGES}': {lost}\n"
+    assert not (out / CHARGES).exists()
+
+
+def test_a_private_run_that_can_pay_for_no_more_ends_with_what_it_has(prepared):
+    """A round that was charged, cut off and done again with another sum takes the last round's share."""
+    pytest.importorskip("dp_accounting")
+    budget = Mechanism(20.0, None, 1e-5).epsilon(4)
+    ready = prepared("private", "evaluation.every=10", f"privacy.epsilon={budget * (1 + 1e-9)}")
+    assert len(ready.expected["privacy.jsonl"]) == 4
+    out = ready.stopped(3)
+    config = ready.config
+    config.privacy.open(out, config.sampling).charge(3, b"a sum that was not to be")
+    assert ended(forked(lambda: ready.resume(out), out.with_suffix(".told"))) == 0
+    found = results(out)
+    assert found["rounds.jsonl"] == ready.expected["rounds.jsonl"][:3]
+    assert found["summary"]["rounds"] == 3
+    assert found["summary"]["epsilon"] == found["privacy.jsonl"][-1]["epsilon"] == budget
+    assert 0 <= found["summary"]["test_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("rounds", range(5))
@@ -199,26 +287,32 @@ def test_every_stateful_method_is_among_the_killed():
 
 
 def test_a_run_its_resume_and_its_export_unpickle_nothing(inputs, tmp_path):
-    """Python tells an audit hook of every name that a pickle asks for."""
+    """Python tells an audit hook of every name that a pickle asks for, in forked workers as well."""
     from polyrank.assemble import prepare
     from polyrank.experiment import conduct, open_folder
     from polyrank.export import export_run
 
-    def work(control: bool) -> None:
-        asked = []
-        sys.addaudithook(lambda event, words: asked.append(words) if event == "pickle.find_class" else None)
+    def unpickle() -> None:
+        pickle = importlib.import_module("pickle")
+        pickle.loads(pickle.dumps(Path()))
+
+    def work(where: str) -> None:
+        sys.addaudithook(lambda event, words: os._exit(3) if event == "pickle.find_class" else None)
+        answers = workers._answers
+        if where == "in a worker":
+            workers._answers = lambda *given: [unpickle(), answers(*given)][1]
         experiment = prepare(small_config(inputs, "stacking", "engine.workers=2", "rounds=2"))
-        folder = open_folder(experiment, tmp_path / f"run-{control}")
+        folder = open_folder(experiment, tmp_path / f"run {where}")
         rows = conduct(experiment, folder)
         next(rows)
         rows.close()
         polyrank.resume(folder.path)
-        export_run(folder.path, folder.path / "merged", merged=True)
-        if control:
-            pickle = importlib.import_module("pickle")
-            pickle.loads(pickle.dumps(Path()))
-        if asked:
+        if sum(row["failed"] for row in folder.read_rows("rounds.jsonl")):  # a worker is gone
             raise SystemExit(3)
+        export_run(folder.path, folder.path / "merged", merged=True)
+        if where == "at the end":
+            unpickle()
 
-    assert ended(forked(lambda: work(False), tmp_path / "told")) == 0, (tmp_path / "told.err").read_text()
-    assert ended(forked(lambda: work(True))) == 3
+    assert ended(forked(lambda: work("nowhere"), tmp_path / "told")) == 0, (tmp_path / "told.err").read_text()
+    assert ended(forked(lambda: work("at the end"))) == 3
+    assert ended(forked(lambda: work("in a worker"))) in (1, 3)

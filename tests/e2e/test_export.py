@@ -11,15 +11,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from polyrank.adapter import full_mask, restrict
+from polyrank.card import write_card
+from polyrank.config import make_config
 from polyrank.errors import InputError
 from polyrank.experiment import run
 from polyrank.export import export_adapter, export_run
 from polyrank.lowrank import installed
 from polyrank.models.load import prepare, read_head, write_head
 from polyrank.models.targets import resolve_targets
+from polyrank.report import dotted
 from polyrank.state import ServerState
 from tests.builders import random_adapter
-from tests.conftest import CPU, SPEAKERS, tiny_network, tiny_speaker
+from tests.conftest import CPU, SPEAKERS, tiny_model, tiny_network, tiny_speaker
 from tests.small_runs import small_config
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [9, 10, 11, 12, 13, 14]])
@@ -117,3 +120,43 @@ def test_a_merged_language_model_is_plain_transformers(tmp_path):
     assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
     with pytest.raises(InputError, match="--uniform-rank"):
         export_run(folder, tmp_path / "both", merged=True, uniform=True)
+
+
+RESULT = {"rounds": 9, "test_loss": 0.5, "test_accuracy": 0.5, "test_macro_f1": 0.5}
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_the_card_of_a_private_run_tells_no_count_of_anybodys_texts(private, tmp_path):
+    table = {"privacy": {"epsilon": 8.0}, "aggregation": {"kind": "fedavg", "weights": "uniform"}}
+    clients = [{"num_train": count} for count in (1037, 4041, 2029)]
+    facts = ({**RESULT, "epsilon": 3.25, "delta": 1e-5}, {"labels": "ab", "clients": clients, "num_test": 3})
+    write_card(tmp_path, tiny_model(), make_config(table if private else {}), facts)
+    card = (tmp_path / "README.md").read_text()
+    for told in ("7107", "1037", "4041"):
+        assert (told in card) != private
+    assert "3 clients" in card
+    assert ("**Differential privacy**: epsilon 3.25 at delta 1e-05 for each client." in card) == private
+
+
+def test_a_card_holds_no_path_of_the_machine(tmp_path):
+    home = "/home/ann"
+    config = make_config(
+        {
+            "engine": {"kind": "flare", "kit": f"{home}/kit"},
+            "data": {"source": f"{home}/train.csv", "test": f"{home}/test.csv", "labels": ["a", "b"]},
+            "model": {"name": f"{home}/models/bert-tiny"},
+            "partition": {"kind": "natural", "column": "site"},
+            "fleet": {"name": f"{home}/fleet.toml"},
+            "rounds": 9,
+        }
+    )
+    paths = [value for value in dotted(config.model_dump(mode="json")).values() if value.startswith("/")]
+    assert len(paths) == 5
+    model = dataclasses.replace(tiny_model(), source=config.model.name)
+    facts = (RESULT, {"labels": ["a", "b"], "clients": [{"num_train": 7}], "num_test": 3})
+    write_card(tmp_path, model, config, facts)
+    card = (tmp_path / "README.md").read_text()
+    assert [path for path in paths if path in card] == []
+    assert home not in card
+    assert "- `rounds = 9`" in card
+    assert "base_model: bert-tiny" in card

@@ -57,6 +57,14 @@ def test_a_private_run_stops_at_its_budget_and_records_nothing_of_the_texts(
     assert all("train_loss" not in row and "aggregation_error" not in row for row in rows)
     clients = (result.path / "clients.jsonl").read_text().splitlines()
     assert all(json.loads(line)["metrics"] is None for line in clients)
+    partition = json.loads((result.path / "partition.json").read_text())
+    card, count = (
+        (result.path / "adapter" / "README.md").read_text(),
+        sum(client["num_train"] for client in partition["clients"]),
+    )
+    assert count > 99
+    assert str(count) not in card
+    assert f"epsilon {spent[-1]:.4g} at delta 1e-05 for each client; its noise follows from" in card
     assert "Epsilon spent (delta 1e-05)" in (result.path / "report.html").read_text()
     assert result.summary["adapter_sha256"] == again.summary["adapter_sha256"]
     monkeypatch.chdir(tmp_path)

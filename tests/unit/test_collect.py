@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 
 from polyrank import collect
 from polyrank.collect import Failures
+from polyrank.config import make_config
 from polyrank.engine.base import Answer
 from polyrank.engine.dropout import Dropout
 from polyrank.errors import RunError, printable
+from polyrank.experiment import run
 from polyrank.ledger import client_rows, round_row
 from polyrank.round import federated_round
 from polyrank.sampling import SampleCount, spare_clients
@@ -128,6 +132,41 @@ def test_dropout_loses_its_share_and_every_round_is_committed(share):
         first, _ = federated_round(fed, first)
     assert largest_difference(first.adapter, again.adapter) == 0  # the same clients are lost
     assert torch.equal(first.head["classifier.bias"], again.head["classifier.bias"])
+
+
+def test_without_replacement_half_of_the_answers_would_not_do():
+    """The control: a round that needs everybody and asks once stops at the first that is lost."""
+    fed, state = federation(failures=Failures(quorum=1.0, retries=0))
+    fed = dataclasses.replace(fed, engine=Dropout(fed.engine, 0.5, 7), rounds=12)
+
+    def rounds(state):
+        for _ in range(12):
+            state, _ = federated_round(fed, state)
+
+    with pytest.raises(RunError, match="round [0-2]: . of 4 clients gave a usable update"):
+        rounds(state)
+
+
+@pytest.mark.slow
+def test_what_drop_out_costs_in_accuracy(tmp_path):
+    """At most one point at 30 %, two at 50 %, in the mean of five seeds; the study's own config."""
+    data = Path(__file__).parents[2].parent / "shared" / "data" / "ag_news"
+    if not data.is_dir():
+        pytest.skip("needs AG News beside this checkout, in ../shared/data/ag_news")
+    from studies.dropout.run import ROUNDS, config
+
+    def accuracy(share: float) -> float:
+        found = [
+            run(make_config(config(str(data), share, seed)), tmp_path / f"{share}-{seed}").summary
+            for seed in range(5)
+        ]
+        assert {one["rounds"] for one in found} == {ROUNDS}
+        return mean(one["test_accuracy"] for one in found)
+
+    whole = accuracy(0.0)
+    assert whole > 0.8
+    assert accuracy(0.3) >= whole - 0.01
+    assert accuracy(0.5) >= whole - 0.02
 
 
 def test_what_a_client_says_is_fit_for_a_terminal():

@@ -13,11 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polyrank.config import Config, load_config, make_config
-from polyrank.data.source import load_corpus
+from polyrank.data.source import load_corpus, load_instructions
 from polyrank.data.texts import Corpus, Data
+from polyrank.device import find_fleet
 from polyrank.errors import InputError
 from polyrank.experiment import run
 from polyrank.restart import resume
+from polyrank.site import read_table
 from tests.small_runs import command, ended, forked, make_inputs, small_config
 
 NASTY = [
@@ -94,6 +96,7 @@ def test_any_setting_is_a_config_or_one_line(words):
         one_line(error)
 
 
+@pytest.mark.parametrize("read", [load_config, read_table, lambda path: find_fleet(str(path))])
 @settings(max_examples=100)
 @given(st.one_of(st.binary(max_size=300), st.text(string.printable, max_size=200).map(str.encode)))
 @example(b"\xff\xfe\x00")
@@ -101,13 +104,45 @@ def test_any_setting_is_a_config_or_one_line(words):
 @example(b"a" + b".a" * 3_000 + b" = 1")
 @example(b"seed = " + b"9" * 20_000)
 @example(b"rounds = 1979-05-27T07:32:00Z")
-def test_any_bytes_as_a_config_file(tmp_path_factory, data):
+@example(b"fleet = 1")
+@example(b"devices = 3\n[fleet]\nmembers = [{device = 'a\x7f'}]")
+@example(b"[data]\nsource = '" + b"x" * 10_000 + b"'\n[limits]\nmax_rank = 0")
+def test_any_bytes_as_a_table(tmp_path_factory, read, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.toml"
     path.write_bytes(data)
     try:
-        load_config(path)
+        read(path)
     except InputError as error:
         one_line(error)
+
+
+@pytest.mark.parametrize("name", NASTY, ids=range(len(NASTY)))
+@pytest.mark.parametrize("ending", ["", ".toml", "/fleet.toml"])
+def test_any_name_of_a_fleet(name, ending):
+    with pytest.raises(InputError) as refusal:
+        find_fleet(name + ending)
+    one_line(refusal.value)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.fixed_dictionaries({}, optional={"messages": value, "prompt": value, "response": value})))
+@example([{"messages": [None, None]}] * 9)
+@example([{"messages": number} for number in range(9)])
+@example([{"messages": True}] * 9)
+@example([{"messages": "hello"}] * 9)
+@example([{"messages": ["hello"]}] * 9)
+@example([{"messages": [{"role": [1], "content": "x"}]}] * 9)
+@example([{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": 2}]}] * 9)
+@example([{"prompt": 1, "response": [2]}] * 9)
+def test_any_rows_are_instructions_or_one_line(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "instructions.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    try:
+        found = load_instructions(Data(source=str(path)), 0, None, None)
+    except InputError as error:
+        one_line(error)
+    else:
+        assert all(isinstance(text, str) for pair in found.train.texts for text in pair[0])
 
 
 @pytest.mark.parametrize("name", [name for name in NASTY if name != "\ud800"], ids=range(len(NASTY) - 1))
@@ -191,14 +226,15 @@ def test_any_bytes_as_a_data_file(tmp_path_factory, data, ending):
 
 def test_names_from_a_file_never_become_paths(inputs_here, tmp_path):
     """Clients and labels named like paths, texts that are empty, huge or odd: all stay in the run folder."""
-    owners = ["../../evil", "/tmp/evil", "..", "a\x00b".replace("\x00", "\u2400"), "x" * 10_000, "😀" * 700]
-    labels = ["../up", "$\\frac{/root$", "line\nbreak"]
+    script = "<script>alert(1)</script>"
+    owners = ["../../evil", "/tmp/evil", "..", "a\u2400b", "x" * 10_000, "😀" * 700, script]
+    labels = ["../up", "$\\frac{/root$", "line\nbreak", script]
     texts = ["word1 word2", "", "w" * 100_000, "\u202e word3", "word4\nword5"]
     with (tmp_path / "texts.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label", "owner"])
         for number in range(180):
-            writer.writerow([texts[number % 5], labels[number % 3], owners[number % 6]])
+            writer.writerow([texts[number % 5], labels[number % 4], owners[number % 7]])
     config = small_config(inputs_here).model_dump(mode="json")
     config["data"] |= {"source": str(tmp_path / "texts.csv")}
     config["partition"] = {"kind": "natural", "column": "owner"}
@@ -221,6 +257,7 @@ def test_names_from_a_file_never_become_paths(inputs_here, tmp_path):
     assert files == expected
     page = (here / "run" / "report.html").read_text()
     assert "../up" in page
+    assert "&lt;script&gt;alert(1)" in page
     assert "<script" not in page
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import resource
 import struct
 import time
 
@@ -13,12 +12,23 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from polyrank.adapter import restrict, within
+from polyrank.aggregation import ReplicationPadding
 from polyrank.engine.base import Answer
 from polyrank.gate import decode_scores, decode_update, most_bytes, outliers
-from polyrank.messages import ClientScores, EvaluateTask
-from polyrank.round import federated_round
-from polyrank.wire import WireError, encode_scores, encode_update, open_reply, sealed
+from polyrank.messages import ClientScores, EvaluateTask, Training
+from polyrank.round import federated_round, make_task
+from polyrank.wire import (
+    WireError,
+    decode_task,
+    encode_scores,
+    encode_task,
+    encode_update,
+    open_reply,
+    sealed,
+)
 from tests.builders import largest_difference, random_adapter, random_head
+from tests.peak import Peak
 from tests.unit.test_round import federation
 from tests.unit.test_wire import train_task
 
@@ -60,6 +70,31 @@ def body(answer, data):
     return dataclasses.replace(answer, payload=data)
 
 
+def claiming(shape):
+    """A reply whose adapter is told to be of a shape, with no byte for it."""
+
+    def spoil(answer):
+        told = answer.payload[16:]
+        header = json.loads(told[8 : 8 + int.from_bytes(told[:8], "little")])
+        empty = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+        text = json.dumps({"__metadata__": header["__metadata__"], "adapter": empty}).encode()
+        return body(answer, sealed(struct.pack("<Q", len(text)) + text))
+
+    return spoil
+
+
+def giving_up_a_slot(answer):
+    """A whole and valid update of all slots but the last, as self-pruning would send it."""
+    fed, state = federation()
+    task = make_task(fed, state, state.active, answer.client)
+    told, _ = open_reply(answer.payload)
+    task = dataclasses.replace(task, base=told["base"])
+    update = decode_update(answer.payload, task)
+    mask = {name: torch.arange(held.numel()) < held.numel() - 1 for name, held in update.mask.items()}
+    kept = restrict(update.adapter, within(mask, update.mask))
+    return body(answer, encode_update(dataclasses.replace(update, mask=mask, adapter=kept), task))
+
+
 METRICS = {"loss": 1.0, "last_loss": 1.0, "steps": 2}
 BAD = {
     "nan": (changed(tensors={"adapter": with_value(float("nan"))}), "not_finite"),
@@ -75,6 +110,8 @@ BAD = {
         changed(tensors={"votes": lambda t: torch.ones(3, dtype=torch.uint8)}),
         "extra",
     ),
+    "mask nobody asked for": (giving_up_a_slot, "extra"),
+    "a shape without end": (claiming([0, 2**40, 2**40]), "shape"),
     "too many mask bits": (changed(tensors={"mask": lambda t: torch.ones(9, dtype=torch.uint8)}), "shape"),
     "no slot kept": (changed(tensors={"mask": lambda t: torch.zeros(3, dtype=torch.uint8)}), "empty"),
     "weight -1": (changed({"num_examples": -1}), "examples"),
@@ -111,15 +148,28 @@ BAD = {
 }
 
 
+PRUNING = ("too many mask bits", "no slot kept")
+"""Those that take a run in which clients may give up slots."""
+
+
 def without(answer, key):
     meaning, tensors = open_reply(answer.payload)
     return {name: value for name, value in meaning.items() if name != key}, tensors
 
 
+def spoilt(name, spoil):
+    """A round in which c1 sends something bad."""
+    if name not in PRUNING:
+        return federated_round(*federation({"c1": spoil}))
+    training = Training(local_steps=2, batch_size=3, learning_rate=0.01, prune_keep=0.5)
+    return federated_round(*federation({"c1": spoil}, training=training, aggregation=ReplicationPadding()))
+
+
 @pytest.fixture(scope="module")
 def good():
-    """The state after a round in which c1 gave nothing."""
-    return federated_round(*federation({"c1": lambda answer: None}))[0]
+    """The state after a round in which c1 gave nothing, by what the round is like."""
+    found = {name: spoilt(name, lambda answer: None)[0] for name in ("nan", PRUNING[0])}
+    return lambda name: found[PRUNING[0] if name in PRUNING else "nan"]
 
 
 def assert_same(after, good):
@@ -130,9 +180,27 @@ def assert_same(after, good):
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_reply_is_refused_and_the_others_are_averaged(name, good):
     spoil, reason = BAD[name]
-    after, record = federated_round(*federation({"c1": spoil}))
+    after, record = spoilt(name, spoil)
     assert [(reply.client, reply.reason) for reply in record.replies if reply.reason] == [("c1", reason)]
-    assert_same(after, good)
+    assert_same(after, good(name))
+
+
+def test_what_a_bad_reply_is_kept_from_changing_would_show(good):
+    """The control: the same round with c1's honest reply ends elsewhere."""
+    for name in ("nan", PRUNING[0]):
+        whole, _ = spoilt(name, lambda answer: answer)
+        assert largest_difference(whole.adapter, good(name).adapter) > 1e-4
+
+
+def test_a_site_survives_a_hostile_shape_too():
+    task = train_task()
+    told = encode_task(task)[16:]
+    size = int.from_bytes(told[:8], "little")
+    header, numbers = json.loads(told[8 : 8 + size]), told[8 + size :]
+    empty = {"dtype": "F32", "shape": [0, 2**40, 2**40], "data_offsets": [len(numbers)] * 2}
+    text = json.dumps(header | {"more": empty})
+    with pytest.raises(WireError, match="not a polyrank message: Stride calculation overflowed"):
+        decode_task(sealed(struct.pack("<Q", len(text)) + text.encode() + numbers))
 
 
 def test_every_reason_is_in_the_matrix():
@@ -146,6 +214,7 @@ def test_every_reason_is_in_the_matrix():
 
 def test_slots_that_were_not_assigned_are_refused():
     task = train_task(rank=4, held=2)
+    task = dataclasses.replace(task, training=Training(prune_keep=0.5))
     update = dataclasses.replace(
         update_for(task), mask={n: torch.ones(4, dtype=torch.bool) for n in task.mask}
     )
@@ -202,16 +271,18 @@ def test_scores_pass_the_same_gate():
     bank = random_adapter(0, 2)
     task = EvaluateTask(4, "c", {}, bank, random_head(1), 16)
     scores = ClientScores(4, "c", 12, {"loss": 0.5})
-    assert decode_scores(encode_scores(scores), task) == scores
+    assert decode_scores(encode_scores(scores), task, {"loss"}) == scores
     for data, reason in [
         (b"", "empty"),
         (bytes(20_000), "too_large"),
         (encode_scores(dataclasses.replace(scores, round=3)), "round"),
         (encode_scores(dataclasses.replace(scores, metrics={"loss": 1e12})), "metrics"),
+        (encode_scores(dataclasses.replace(scores, metrics={})), "metrics"),
+        (encode_scores(dataclasses.replace(scores, metrics={"loss": 0.5, "client": 1.0})), "metrics"),
         (spelt(open_reply(encode_scores(scores))[0], {"more": torch.ones(2)}), "extra"),
     ]:
         with pytest.raises(WireError) as refusal:
-            decode_scores(data, task)
+            decode_scores(data, task, {"loss"})
         assert refusal.value.reason == reason
 
 
@@ -243,7 +314,7 @@ def attack(count, seed):
     task = train_task()
     update = update_for(task)
     data, draw = encode_update(update, task), random.Random(seed)
-    accepted, slowest, told, before = 0, 0.0, set(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    accepted, slowest, told, peak = 0, 0.0, set(), Peak()
     for _ in range(count):
         hostile = mutated(data, draw)
         start = time.thread_time()
@@ -257,13 +328,12 @@ def attack(count, seed):
             assert open_reply(again)[0] == open_reply(hostile)[0]  # it is what was sent, in every field
             assert all(torch.equal(t, open_reply(hostile)[1][n]) for n, t in open_reply(again)[1].items())
             if hostile[:16] == data[:16]:
-                assert hostile == data
+                assert hostile == data, "a changed message passed under its old digest"
         slowest = max(slowest, time.thread_time() - start)
-    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert all(short for _, short in told)
     assert len(told) > 5  # many checks were reached
     assert slowest < 0.05
-    assert grown_kib < 4 * 1024
+    assert peak.grown_kib() < 4 * 1024
     return accepted
 
 
@@ -272,17 +342,27 @@ def test_ten_thousand_hostile_updates():
     assert 0 < accepted < 2_000  # numbers that were changed and sealed again are what that client sent
 
 
+def test_without_the_digest_a_changed_message_would_pass(monkeypatch):
+    """The control of the two around it."""
+    monkeypatch.setattr("polyrank.wire._unsealed", lambda data: data[16:])
+    with pytest.raises(AssertionError, match="a changed message passed under its old digest"):
+        attack(10_000, 0)
+
+
 @pytest.mark.slow
 def test_a_million_hostile_updates():
     attack(1_000_000, 1)
 
 
 def bombs():
-    """Small messages that ask for much: memory, time, or depth."""
-    header = {"__metadata__": {"polyrank": "{}"}}
+    """Small messages that ask for much: memory, time, or depth; each says besides what an honest one says."""
+    honest = encode_update(update_for(train_task()), train_task())[16:]
+    size = int.from_bytes(honest[:8], "little")
+    header, numbers = json.loads(honest[8 : 8 + size]), honest[8 + size :]
+    metadata = {"__metadata__": header["__metadata__"]}
 
     def told(table, data=b""):
-        text = json.dumps(header | table).encode() if isinstance(table, dict) else table
+        text = json.dumps(metadata | table).encode() if isinstance(table, dict) else table
         return sealed(struct.pack("<Q", len(text)) + text + data)
 
     def tensor(shape, offsets, dtype="F32"):
@@ -291,47 +371,63 @@ def bombs():
     def meaning(text):
         return told(json.dumps({"__metadata__": {"polyrank": text}}).encode())
 
-    yield "shape of a terabyte", told(tensor([2**38], [0, 2**40]))
-    yield "shape that overflows", told(tensor([2**32, 2**32], [0, 0]))
-    yield "negative shape", told(tensor([-1], [0, 4]))
-    yield "offsets past the end", told(tensor([1], [2**40, 2**40 + 4]))
-    yield "offsets backwards", told(tensor([1], [4, 0]), bytes(8))
-    yield "a shape of 2000 ones", told(tensor([1] * 2000, [0, 4]), bytes(4))
-    yield (
-        "2000 tensors",
-        told({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100)}),
-    )
+    first, last = header["adapter"]["data_offsets"]
+    flags = {**header["adapter"], "dtype": "BOOL", "shape": [last - first]}
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [last, last]}
+    yield "shape of a terabyte", "shape", told(tensor([2**38], [0, 2**40]))
+    yield "shape that overflows", "shape", told(tensor([2**32, 2**32], [0, 0]))
+    yield "nothing of a shape without end", "shape", told(tensor([0, 2**40, 2**40], [0, 0]))
+    yield "negative shape", "shape", told(tensor([-1], [0, 4]))
+    yield "a shape that is true", "shape", told(tensor([True], [0, 4]), bytes(4))
+    yield "offsets past the end", "header", told(tensor([1], [2**40, 2**40 + 4]))
+    yield "offsets backwards", "header", told(tensor([1], [4, 0]), bytes(8))
+    yield "a shape of 2000 ones", "shape", told(tensor([1] * 2000, [0, 4]), bytes(4))
+    yield "60 tensors", "extra", told(header | {f"t{i}": empty for i in range(60)}, numbers)
     yield (
         "tensors that overlap",
+        "header",
         told(tensor([2], [0, 8]) | {"head": tensor([2], [4, 12])["adapter"]}, bytes(12)),
     )
-    yield "a hole between tensors", told(tensor([1], [4, 8]), bytes(8))
-    yield "bytes after the tensors", told(tensor([1], [0, 4]), bytes(400))
-    yield "an unknown dtype", told(tensor([1], [0, 4], "F1024"), bytes(4))
-    yield "bool for float", told(tensor([4], [0, 4], "BOOL"), bytes(4))
-    yield "a header longer than the message", sealed(struct.pack("<Q", 8000) + b"{}")
-    yield "a header of 2^63 bytes", sealed(struct.pack("<Q", 2**63) + b"{}")
-    yield "a header of 100 MB", sealed(struct.pack("<Q", 10**8) + b"{}")
-    yield "10 MB of digest", bytes(10**7)
-    yield "deep lists", told(b"[" * 7000)
-    yield "deep tables", told(b'{"a":' * 1500)
-    yield "deep meaning", meaning("[" * 7000)
-    yield "a number of 5000 digits", meaning("9" * 5000)
-    yield "a number past all floats", meaning('{"format": 2, "kind": 1e99999999}')
-    yield "the same key twice", told(b'{"__metadata__":{"polyrank":"{}"},"__metadata__":{"polyrank":"{}"}}')
-    yield "meaning that is a list", meaning("[1, 2]")
-    yield "half a character", told(b'{"__metadata__":{"polyrank":"\xff\xfe"}}')
-    yield "metadata that is no table", told(b'{"__metadata__": 3}')
+    yield "a hole between tensors", "header", told(tensor([1], [4, 8]), bytes(8))
+    yield "bytes after the tensors", "header", told(header, numbers + bytes(40))
+    yield "an unknown dtype", "header", told(tensor([1], [0, 4], "F1024"), bytes(4))
+    yield "bool for float", "dtype", told(header | {"adapter": flags}, numbers)
+    yield "a header longer than the message", "header", sealed(struct.pack("<Q", 8000) + b"{}")
+    yield "a header of 2^63 bytes", "header", sealed(struct.pack("<Q", 2**63) + b"{}")
+    yield "a header of 100 MB", "header", sealed(struct.pack("<Q", 10**8) + b"{}")
+    yield "10 MB of digest", "too_large", bytes(10**7)
+    yield "deep lists", "header", told(b"[" * 7000)
+    yield "deep tables", "header", told(b'{"a":' * 1500)
+    yield "deep meaning", "header", meaning("[" * 7000)
+    yield "a number of 5000 digits", "header", meaning("9" * 5000)
+    yield "a number past all floats", "kind", meaning('{"format": 2, "kind": 1e99999999}')
+    yield (
+        "the same key twice",
+        "header",
+        told(b'{"__metadata__":{"polyrank":"{}"},"__metadata__":{"polyrank":"{}"}}'),
+    )
+    yield "meaning that is a list", "header", meaning("[1, 2]")
+    yield "half a character", "header", told(b'{"__metadata__":{"polyrank":"\xff\xfe"}}')
+    yield "metadata that is no table", "header", told(b'{"__metadata__": 3}')
 
 
-@pytest.mark.parametrize(("name", "data"), list(bombs()), ids=[name for name, _ in bombs()])
-def test_a_bomb_is_refused(name, data):
+@pytest.mark.parametrize(("name", "reason", "data"), list(bombs()), ids=[name for name, *_ in bombs()])
+def test_a_bomb_is_refused(name, reason, data):
     task = train_task()
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
-    with pytest.raises(WireError):
+    peak, start = Peak(), time.thread_time()
+    with pytest.raises(WireError) as refusal:
         decode_update(data, task)
     assert time.thread_time() - start < 0.05
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024
+    assert peak.grown_kib() < 1024
+    assert refusal.value.reason == reason
+
+
+def test_memory_that_is_taken_and_given_back_is_noticed():
+    """The control of what is said here about memory."""
+    bytes(b"x" * (200 << 20))  # a peak of the past hides nothing
+    peak = Peak()
+    bytes(b"x" * (64 << 20))
+    assert peak.grown_kib() > 60 * 1024
 
 
 def test_the_size_limit_leaves_room_for_every_honest_answer():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from polyrank.errors import InputError
 from polyrank.models.load import head_parameters, load_base, pick_device, read_head, write_head
+from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
 from tests.conftest import CPU, tiny_model, tiny_network
+from tests.small_runs import small_config
 
 ATTENTION = {
     "bert": ["query", "key", "value"],
@@ -140,6 +145,27 @@ def test_the_packaged_model_loads_the_same_every_time(minilm):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(InputError, match=r"model.name = '.*: no such folder; .*hub id"):
         load_base(str(tmp_path / "nowhere"), ["a"], 0, CPU)
+
+
+@pytest.mark.parametrize("task", ["classifier", "causal language model"])
+def test_pickled_weights_are_not_loaded(task, tmp_path):
+    """One clear line; the same folder with safetensors loads."""
+    small_config(tmp_path)
+    folder = tmp_path / ("model" if task == "classifier" else "speaker")
+    load = (
+        (lambda: load_base(str(folder), ["a", "b"], 0, CPU))
+        if task == "classifier"
+        else (lambda: load_speaker(str(folder), CPU))
+    )
+    assert load().digest
+    weights = load_file(folder / "model.safetensors")
+    importlib.import_module("torch").save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=f"model.name = .*that loads as a {task} .*model.safetensors"
+    ) as line:
+        load()
+    assert "\n" not in str(line.value)
 
 
 def test_a_device_that_is_not_there_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 
 import pytest
 import torch
@@ -10,10 +11,18 @@ import torch
 from polyrank.adapter import Adapter, restrict
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
-from polyrank.models.prefix import PrefixCache, can_skip, forward_from, lowest_block, why_not_skip
+from polyrank.models.prefix import (
+    PrefixCache,
+    _reserve,
+    can_skip,
+    forward_from,
+    lowest_block,
+    why_not_skip,
+)
 from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference, random_adapter
 from tests.conftest import FAMILIES, tiny_model
+from tests.small_runs import ended, forked
 from tests.unit.test_client import task_for, tokens
 from tests.unit.test_packing import apart, logits_and_slopes, strong_adapter
 
@@ -112,6 +121,28 @@ def test_skipped_blocks_do_not_run(tmp_path):
     assert filled == 1  # one batch of all 16 texts
     assert len(ran) == filled
     assert model.network.get_submodule(model.blocks[0]).__class__.__name__ == "BertLayer"
+
+
+def test_a_full_disk_is_one_line_and_not_a_bus_error(tmp_path):
+    """A mapped file with holes would be fatal as soon as it is written to."""
+    model, cache = skipping_model(), cache_in(tmp_path)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        cache.hidden(model, tokens(16), 1)
+
+    assert ended(forked(work, tmp_path / "told")) == 1
+    told = (tmp_path / "told.err").read_text()
+    assert told.startswith("disk: ")
+    assert told.endswith("cannot be written (File too large)\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"told.out", "told.err"}
+    assert cache.hidden(model, tokens(16), 1).shape[0] > 16
+
+
+def test_a_file_of_rows_has_no_holes(tmp_path):
+    _reserve(tmp_path / "rows", 100_000)
+    assert (tmp_path / "rows").stat().st_size == 100_000
+    assert (tmp_path / "rows").stat().st_blocks * 512 >= 100_000
 
 
 def test_a_wrong_entry_changes_the_result(tmp_path):

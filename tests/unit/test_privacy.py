@@ -18,6 +18,7 @@ from polyrank.accountant import Mechanism
 from polyrank.adapter import full_mask, prefix_mask
 from polyrank.aggregation import Anchored, FedAvg, ReplicationPadding
 from polyrank.allocation import RandomSlotChoice, Tiers, Uniform
+from polyrank.assemble import prepare
 from polyrank.changes import change_of
 from polyrank.charges import CHARGES, KEY, Charges, read_charges
 from polyrank.config import make_config
@@ -28,6 +29,7 @@ from polyrank.round import federated_round
 from polyrank.sampling import SampleAll, SampleCount, SamplePoisson, SecretSampling, expected_share
 from polyrank.state import ClientRecord
 from tests.builders import largest_difference, random_adapter, random_head, state_of, update_of
+from tests.small_runs import small_config
 from tests.unit.test_round import federation
 
 POISSON = SamplePoisson(rate=0.25)
@@ -143,15 +145,23 @@ def test_short_changes_are_added_as_they_are():
     assert torch.allclose(sums.head["score.bias"], by_hand)
 
 
-def test_noise_has_the_variance_that_is_paid_for():
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.02, False), (0.98, False)])
+def test_noise_has_the_variance_that_is_paid_for(factor, passes):
+    """Also the control: 2 % more or less of it would not pass."""
     state = state_with(1)
     state = dataclasses.replace(state, adapter=random_adapter(0, 64, shapes={"q": (2000, 2000)}))
     sums = clipped_sum(state, [], 0.5)
-    sums.add_noise(1.5 * 0.5, b"k" * 32, 0)
+    sums.add_noise(factor * 1.5 * 0.5, b"k" * 32, 0)
     numbers = torch.cat([t.flatten() for t in sums.tensors()])
     assert numbers.numel() > 250_000
-    assert float(numbers.var()) == pytest.approx(0.75**2, rel=0.01)
+    assert (float(numbers.var()) == pytest.approx(0.75**2, rel=0.01)) == passes
     assert abs(float(numbers.mean())) < 0.01
+
+
+def test_the_same_number_gives_the_same_noise():
+    state = state_with(1)
+    sums = clipped_sum(state, [], 0.5)
+    sums.add_noise(0.75, b"k" * 32, 0)
     again, other = (clipped_sum(state, [], 0.5) for _ in range(2))
     again.add_noise(0.75, b"k" * 32, 0)
     other.add_noise(0.75, b"k" * 32, 1)
@@ -244,6 +254,38 @@ def test_the_same_sum_is_the_same_release_and_another_is_paid_in_full(tmp_path):
     assert len((tmp_path / KEY).read_bytes()) == 32
 
 
+def test_a_record_of_other_noise_or_another_delta_is_refused(tmp_path):
+    """With less noise than the config says now, three rounds would have cost more than it thinks."""
+    pytest.importorskip("dp_accounting")
+    charges = Charges(tmp_path, Mechanism(1.5, None, 1e-5), 100.0, 0)
+    for round_ in range(3):
+        charges.charge(round_, b"%d" % round_)
+    whole = (tmp_path / CHARGES).read_bytes()
+    for mechanism in (Mechanism(15.0, None, 1e-5), Mechanism(1.5, 0.1, 1e-5), Mechanism(1.5, None, 1e-6)):
+        with pytest.raises(InputError, match=r"privacy.jsonl = .*: says epsilon 5\.\d+ where 3 releases by"):
+            Charges(tmp_path, mechanism, 100.0, 0)
+    assert (tmp_path / CHARGES).read_bytes() == whole
+    assert Charges(tmp_path, Mechanism(1.5, None, 1e-5), 100.0, 0).made_in() == [0, 1, 2]
+
+
+def test_the_same_sum_with_other_noise_is_another_release():
+    sums = clipped_sum(state_with(0), [], 1.0)
+    assert sums.content(0.5) == clipped_sum(state_with(0), [], 1.0).content(0.5)
+    assert sums.content(0.5) != sums.content(0.6)
+
+
+def test_clients_of_a_private_run_share_no_pass(tmp_path):
+    """In one, the last bits of a client's change depend on the others, past what the clip norm bounds."""
+    pytest.importorskip("dp_accounting")
+    fused = []
+    for method in ("plain", "private"):
+        config = small_config(tmp_path, method)
+        open_ = config.model_copy(update={"engine": config.engine.model_copy(update={"fuse": None})})
+        fused.append(prepare(open_).federation.engine.fuse)
+    assert fused[0] > 1
+    assert fused[1] == 1
+
+
 def test_a_line_that_was_never_finished_is_cut_off(tmp_path):
     pytest.importorskip("dp_accounting")
     charges = Charges(tmp_path, Mechanism(1.5, None, 1e-5), 100.0, 0)
@@ -270,31 +312,51 @@ def test_nothing_is_released_past_the_budget(tmp_path):
     assert len(read_charges(tmp_path / CHARGES)) == 2
 
 
-@pytest.mark.parametrize(
-    ("moment", "charged", "released"),
-    [("before the charge", 0, False), ("before the noise", 1, False), ("after the release", 1, True)],
-)
-def test_a_killed_run_has_never_released_more_than_it_charged(moment, charged, released, tmp_path):
-    pytest.importorskip("dp_accounting")
-    state = state_with(3)
-    mean = private(state, tmp_path)
-    expected = Mechanism(1.0, None, 1e-5).epsilon(1)
+def killed(folder, moment):
+    """A round cut off at some moment: whether its sum had its noise by then, and what is charged."""
+    state, noise = state_with(3), Sums.add_noise
+    mean = private(state, folder)
+
+    def noted(sums, *given):
+        (folder / "noised").touch()
+        return die() if moment == "in the noise" else noise(sums, *given)
+
     child = os.fork()
     if child == 0:
         try:
+            Sums.add_noise = noted
             if moment == "before the charge":
                 Charges.charge = die
-            elif moment == "before the noise":
-                Sums.add_noise = die
             mean.aggregate(state, [])
-            (tmp_path / "released").touch()
             die()
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert (tmp_path / "released").exists() == released
-    assert [charge.epsilon for charge in read_charges(tmp_path / CHARGES)] == [expected] * charged
+    return (folder / "noised").exists(), [charge.epsilon for charge in read_charges(folder / CHARGES)]
+
+
+@pytest.mark.parametrize(
+    ("moment", "noised", "charged"),
+    [("before the charge", False, 0), ("in the noise", True, 1), ("after the release", True, 1)],
+)
+def test_a_killed_run_has_never_released_more_than_it_charged(moment, noised, charged, tmp_path):
+    pytest.importorskip("dp_accounting")
+    expected = Mechanism(1.0, None, 1e-5).epsilon(1)
+    assert killed(tmp_path, moment) == (noised, [expected] * charged)
+
+
+def test_noise_before_the_charge_would_be_found_out(tmp_path, monkeypatch):
+    """The control: a sum that has its noise is a release, and this one was never charged."""
+    pytest.importorskip("dp_accounting")
+
+    def hasty(state, updates, most):
+        sums = clipped_sum(state, updates, most)
+        sums.add_noise(1.0, b"k" * 32, 0)
+        return sums
+
+    monkeypatch.setattr("polyrank.privacy.clipped_sum", hasty)
+    assert killed(tmp_path, "before the charge") == (True, [])
 
 
 def die(*_):
@@ -347,6 +409,7 @@ def test_cohorts_of_a_private_run_do_not_follow_from_its_seed():
             "training.prune_keep = 0.5: does not go with privacy",
         ),
         ({"evaluation": {"per_client": True}}, "evaluation.per_client = True: must be false under privacy"),
+        ({"engine": {"fuse": 2}}, "engine.fuse = 2: must be 1 under privacy: in a shared pass"),
         ({"privacy": None, "sampling": {"kind": "poisson"}}, "sampling.kind = 'poisson': needs a [privacy]"),
         ({"privacy": {"delta": 1}}, "privacy.delta = 1: must be less than 1"),
         ({"privacy": {"noise_multiplier": 0}}, "privacy.noise_multiplier = 0: must be greater than 0"),

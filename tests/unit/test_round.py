@@ -16,6 +16,7 @@ from polyrank.data.tokens import Tokens
 from polyrank.engine.base import Answer
 from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.errors import RunError
+from polyrank.measures import SCORE_NAMES
 from polyrank.messages import Training
 from polyrank.models.load import read_head
 from polyrank.models.targets import resolve_targets
@@ -143,7 +144,7 @@ def test_a_uniform_rank_below_the_bank_trains_its_slots_only():
 
 def test_every_client_is_scored_on_its_own_texts():
     fed, state = federation()
-    evaluation = evaluate_clients(fed, state, 2)
+    evaluation = evaluate_clients(fed, state, 2, SCORE_NAMES["classification"])
     assert sorted(s.client for s in evaluation.scores) == ["c0", "c1", "c2", "c3"]
     assert all(s.num_examples == 4 and 0 <= s.metrics["accuracy"] <= 1 for s in evaluation.scores)
     assert (evaluation.bytes_down, evaluation.bytes_up) == (fed.engine.down, fed.engine.up)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
+from pydantic import ValidationError
 
 from polyrank import wire
 from polyrank.adapter import restrict
@@ -18,6 +20,7 @@ from polyrank.messages import EvaluateTask, Folds
 from polyrank.round import drawn_as, federated_round, make_task
 from polyrank.session import ClientError
 from polyrank.site import (
+    Joined,
     Limits,
     Site,
     SiteTable,
@@ -58,6 +61,17 @@ class Direct:
         )
         sizes = {n: TextSizes(one.num_examples, one.num_tokens, one.num_taught) for n, one in joined.items()}
         return engine, sizes
+
+
+@pytest.mark.parametrize("key", ["num_examples", "num_tokens", "num_taught", "num_holdout"])
+@pytest.mark.parametrize("count", ["-5", "1e15", "1000000000000001", "9" * 400])
+def test_a_site_has_no_number_of_texts_without_end(key, count):
+    """Its own word: 1e12 texts would own every mean, and 10^400 are no float."""
+    told = {"num_examples": 5, "num_tokens": 45, "num_taught": 5, "num_holdout": 0}
+    text = json.dumps(told | {"device": "cpu", "threads": 1, "pid": 7, "loads": 1})
+    assert Joined.model_validate_json(text).num_examples == 5
+    with pytest.raises(ValidationError):
+        Joined.model_validate_json(text.replace(f'"{key}": {told[key]}', f'"{key}": {count}'))
 
 
 EDGE = ("fleet.name=edge3", "fleet.ignore_memory=true")

@@ -12,6 +12,7 @@ import torch
 from polyrank.aggregation import Stacking
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import RunError
+from polyrank.measures import SCORE_NAMES
 from polyrank.messages import Training
 from polyrank.round import evaluate_clients, federated_round
 from polyrank.session import ClientEnv
@@ -43,7 +44,7 @@ def test_any_number_of_workers_gives_the_same_bits(count, changes):
     assert all(largest_difference(a, b) == 0 for a, b in zip(together.folds, alone.folds, strict=True))
     assert len({worker.process.pid for worker in fed.engine.workers}) == count
     assert [reply.client for reply in records[0].replies] == ["c0", "c1", "c2", "c3"]
-    scores = evaluate_clients(fed, together, 2).scores
+    scores = evaluate_clients(fed, together, 2, SCORE_NAMES["classification"]).scores
     assert len(scores) == 4
     fed.engine.close()
 

@@ -84,6 +84,8 @@ def from_messages(conversations: Sequence[Any], column: str) -> tuple[list[Turns
     """
     turns, responses = list[Turns](), list[str]()
     for number, messages in enumerate(conversations, 1):
+        if not isinstance(messages, list | tuple | None):
+            raise _no_messages(column, number)
         spoken = [_turn(message, column, number) for message in messages or ()]
         last = max((place for place, (role, _) in enumerate(spoken) if role == "assistant"), default=0)
         if last == 0:
@@ -96,11 +98,18 @@ def from_messages(conversations: Sequence[Any], column: str) -> tuple[list[Turns
 
 def _turn(message: Any, column: str, number: int) -> tuple[str, str]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        allowed = f"must hold lists of messages with role and content, which text {number} (from 1) does not"
-        raise InputError("data.messages", column, allowed)
-    if message["role"] not in HEADINGS:
-        raise InputError("data.messages", message["role"], f"unknown role; {choices('', HEADINGS)}")
-    return message["role"], message["content"] or ""
+        raise _no_messages(column, number)
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str | None) or not isinstance(content, str | None):
+        raise _no_messages(column, number)
+    if role not in HEADINGS:
+        raise InputError("data.messages", role, f"unknown role; {choices('', HEADINGS)}")
+    return role, content or ""
+
+
+def _no_messages(column: str, number: int) -> InputError:
+    allowed = f"must hold lists of messages with role and content, which text {number} (from 1) does not"
+    return InputError("data.messages", column, allowed)
 
 
 def render(turns: Turns, tokenizer: Any) -> str:

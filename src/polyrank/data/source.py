@@ -87,7 +87,7 @@ def _instructions(table: pa.Table, data: Data) -> tuple[list[Turns], list[str]]:
     columns = columns_of(data, table.column_names)
     if columns.messages:
         column = _column(table, "data.messages", columns.messages)
-        return from_messages(column.to_pylist(), columns.messages)
+        return from_messages(_values(column, "data.messages", columns.messages), columns.messages)
     prompts = [_text_column(table, "data.prompt", name) for name in columns.prompt]
     return from_columns(prompts, _text_column(table, "data.response", columns.response))
 
@@ -227,6 +227,15 @@ def _column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
     return column
 
 
+def _values(column: pa.ChunkedArray, key: str, name: str) -> list[Any]:
+    """Raises: InputError for a column that Arrow reads and cannot give out (lists of nothing but nulls)."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(key, name, f"cannot be read ({first_line(error)})") from error
+    return found
+
+
 def _text_column(table: pa.Table, key: str, name: str) -> list[str]:
     column = _column(table, key, name)
     if pa.types.is_binary(column.type):
@@ -296,7 +305,8 @@ def _groups(table: pa.Table, group: str | None) -> list[str] | None:
     """The natural owner of each example, where a natural partition asks for it."""
     if group is None:
         return None
-    return [str(g) for g in _column(table, "partition.column", group).to_pylist()]
+    column = _column(table, "partition.column", group)
+    return [str(value) for value in _values(column, "partition.column", group)]
 
 
 def _split(texts: Texts, data: Data, names: Sequence[str], seed: int) -> Corpus:

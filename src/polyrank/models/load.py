@@ -128,6 +128,7 @@ def load_base(
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
             ignore_mismatched_sizes=True,
+            use_safetensors=True,  # a folder with pickled weights alone is refused
             dtype=torch.float32,
             output_loading_info=True,
         )

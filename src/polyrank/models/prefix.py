@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.data.tokens import Tokens
+from polyrank.durable import disk_errors
 from polyrank.models.load import BaseModel, logits_of
 from polyrank.models.packing import difference, layout_of, told
 
@@ -42,7 +43,10 @@ class PrefixCache:
     dtype: Literal["fp32", "bf16"] = "fp32"
 
     def hidden(self, model: BaseModel, data: Tokens, depth: int) -> Tensor:
-        """What enters block ``depth`` for every token of ``data``, [sum T, H]; computed when not there."""
+        """What enters block ``depth`` for every token of ``data``, [sum T, H]; computed when not there.
+
+        Raises: RunError when the disk has no room for it.
+        """
         path = self.folder / _key(model, data, depth, self.dtype)
         shape = (int(data.starts[-1]), int(model.network.config.hidden_size))
         with contextlib.suppress(FileNotFoundError, RuntimeError):
@@ -51,8 +55,8 @@ class PrefixCache:
             self._tell("hit")
             return rows
         self._make_room(shape[0] * shape[1] * _DTYPES[self.dtype].itemsize)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        numbers = shape[0] * shape[1]
+        unfinished, numbers = path.with_suffix(f".{os.getpid()}"), shape[0] * shape[1]
+        _reserve(unfinished, numbers * _DTYPES[self.dtype].itemsize)
         target = torch.from_file(str(unfinished), True, numbers, dtype=_DTYPES[self.dtype]).view(shape)
         compute_prefix(model, data, depth, target)
         unfinished.rename(path)
@@ -89,8 +93,23 @@ class PrefixCache:
                 yield found.st_mtime_ns, found.st_size, path
 
     def _tell(self, event: str) -> None:
-        with (self.folder / "events").open("a") as file:
-            file.write(f"{event}\n")
+        with contextlib.suppress(OSError), (self.folder / "events").open("a") as file:
+            file.write(f"{event}\n")  # no statistic is worth a run
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """A file whose every byte has its place on the disk: writing into a mapped hole of a full disk is fatal.
+
+    Raises: RunError when the disk does not take it.
+    """
+    with disk_errors(path):
+        try:
+            with path.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def temporary_cache(room_gb: float, dtype: Literal["fp32", "bf16"]) -> PrefixCache | None:

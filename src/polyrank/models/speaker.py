@@ -38,7 +38,7 @@ def load_speaker(
     with reading(name, name, "a model folder or a hub id", "causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         network, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **how
+            name, dtype=dtype, output_loading_info=True, use_safetensors=True, **how
         )
         if missing := sorted(info["missing_keys"]):  # it would babble with a parameter drawn at random
             raise ValueError(f"the checkpoint lacks {missing[0]}" + (" and others" if missing[1:] else ""))
