@@ -10,7 +10,7 @@ DATA ?=
 NETWORK ?=
 PAIRS ?= 5
 
-.PHONY: install run test check slow network demo-network bench clean
+.PHONY: install run test check slow network demo-network bench bench-network clean
 
 install: $(VENV)/installed
 
@@ -45,6 +45,9 @@ $(VENV)/flare: $(VENV)/installed
 network: $(VENV)/flare
 	$(BIN)/python -m pytest $$(grep -l 'importorskip("nvflare")' tests/unit/*.py)
 	$(BIN)/python -m pytest -m network $(NETWORK) tests/network
+
+bench-network: $(VENV)/flare
+	$(BIN)/python -m benchmarks.network --out $(RESULTS)-network.json
 
 demo-network: $(VENV)/flare
 	$(BIN)/python examples/network.py

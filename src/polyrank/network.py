@@ -36,6 +36,7 @@ from polyrank.messages import ClientId
 from polyrank.restart import Reopened, reopen, restore
 from polyrank.session import ClientError
 from polyrank.site import Joined, Site, Terms, read_table
+from polyrank.streams import settle, share_clock
 from polyrank.wire import WireError
 
 SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
@@ -52,6 +53,7 @@ class SiteEnd:
     """A site's process, as FLARE starts it: one thread does all the work, one request after the other."""
 
     def __init__(self) -> None:
+        share_clock()
         self.site: Site | None = None  # made by `join`: what goes wrong here would end the job for all sites
         self.desk = ThreadPoolExecutor(1, "polyrank")
         self.latest: bytes = b""
@@ -77,7 +79,9 @@ class SiteEnd:
     def _join(self, name: ClientId, terms: str) -> str:
         try:
             self.site = self.site or _own_site()
-            return self.site.join(name, Terms.model_validate_json(terms)).model_dump_json()
+            joined = self.site.join(name, Terms.model_validate_json(terms)).model_dump_json()
+            settle()
+            return joined
         except (InputError, ValidationError) as error:
             line = first_line(error, 500)
         except Exception as error:  # what it says may name a path
@@ -127,6 +131,7 @@ class ServerEnd:
     """
 
     def __init__(self, run: str, sites: list[ClientId]) -> None:
+        share_clock()
         self.run = run
         self.sites = sites
 
@@ -167,6 +172,7 @@ def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any], job: str) -> None:
     assert isinstance(engine, Flare)
     network = Sites(sites, folder, engine.deadline_s)
     experiment, manifest = restore(reopened, network)
+    settle()
     for _ in conduct(experiment, reopened.folder, manifest):  # it holds the folder's lock until its end
         if (folder.path / "summary.json").exists():
             network.ask_again()
