@@ -33,15 +33,20 @@ SMALL = (
 
 @dataclass
 class Federation:
-    """Kits in ``folder``/kits, and the processes that are running."""
+    """Kits in ``folder``/kits, and the processes that are running.
+
+    Args:
+        task: what its sites have: texts with labels, or prompts with responses.
+    """
 
     folder: Path
+    task: str = "classification"
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @classmethod
-    def made_in(cls, folder: Path, server: str = "localhost") -> Federation:
+    def made_in(cls, folder: Path, server: str = "localhost", task: str = "classification") -> Federation:
         make_sites(folder)
-        federation = cls(folder)
+        federation = cls(folder, task)
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
@@ -60,7 +65,7 @@ class Federation:
             before: words that lead the command, such as those that enter a network namespace.
         """
         kit = str(self.folder / "kits" / name)
-        table = str(self.folder / name / "site.toml")
+        table = str(self.folder / name / ("speaker.toml" if self.task == "causal_lm" else "site.toml"))
         words = ["serve", kit] if name == "server" else ["join", kit, "--data", table]
         self.running[name] = self.begin(name, *words, before=before)
 
@@ -82,8 +87,9 @@ class Federation:
 
     def run_words(self, out: Path, *settings: str, network: bool = True) -> list[str]:
         kit = ["engine.kind=flare", f"engine.kit={self.folder / 'kits' / 'admin'}"] if network else []
-        model = f"model.name={self.folder / 'model'}"
-        given = [model, *site_settings(self.folder), *SMALL, *kit, *settings]
+        name = "speaker" if self.task == "causal_lm" else "model"
+        model = [f"task={self.task}", f"model.name={self.folder / name}"]
+        given = [*model, *site_settings(self.folder, self.task), *SMALL, *kit, *settings]
         return ["run", "--out", str(out), *(word for setting in given for word in ("--set", setting))]
 
     def run(self, out: Path, *settings: str, network: bool = True) -> float:
