@@ -1,4 +1,4 @@
-"""A language model over a real network: what it learns from stays with the sites, and the bits are the same."""
+"""A language model over a real network: its texts stay with the sites, and the bits are the same."""
 
 from __future__ import annotations
 
