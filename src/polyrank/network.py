@@ -35,6 +35,7 @@ from polyrank.messages import ClientId
 from polyrank.restart import Reopened, reopen, restore
 from polyrank.session import ClientError
 from polyrank.site import Joined, Site, Terms, read_table
+from polyrank.streams import share_clock
 from polyrank.wire import WireError
 
 SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
@@ -51,6 +52,7 @@ class SiteEnd:
     """A site's process, as FLARE starts it: one thread does all the work, one request after the other."""
 
     def __init__(self) -> None:
+        share_clock()
         self.site: Site | None = None  # made by `join`: what goes wrong here would end the job for all sites
         self.desk = ThreadPoolExecutor(1, "polyrank")
         self.latest: bytes = b""
@@ -126,6 +128,7 @@ class ServerEnd:
     """
 
     def __init__(self, run: str, sites: list[ClientId]) -> None:
+        share_clock()
         self.run = run
         self.sites = sites
 

@@ -33,7 +33,7 @@ LAYERS = [
     ["collect"],
     ["round"],
     ["config", "ledger", "checkpoint"],
-    ["commit", "site", "kit"],
+    ["commit", "site", "kit", "streams"],
     ["export", "card", "report", "doctor", "progress", "calibrate", "assemble"],
     ["experiment", "samples"],
     ["restart"],

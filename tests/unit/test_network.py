@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ pytest.importorskip("nvflare")
 
 from nvflare.collab.api.decorators import get_object_final_funcs
 from nvflare.fuel.f3.comm_config import VarName
+from nvflare.fuel.f3.streaming.byte_receiver import RxTask
 from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
 
 from polyrank import cli_network, remote
@@ -23,6 +26,7 @@ from polyrank.models.prefix import PrefixCache
 from polyrank.network import SITE_VARIABLE, SITES, SiteEnd, Sites, write_job
 from polyrank.provision import provision
 from polyrank.site import Joined, Site, Terms
+from polyrank.streams import share_clock
 
 TERMS = Terms(model="m", digest="d", tokenizer="t", labels=("a", "b"), seed=0, max_length=8)
 
@@ -131,6 +135,22 @@ def test_a_site_leaves_nothing_on_disk_at_the_end_of_a_job(tmp_path, monkeypatch
     assert len(get_object_final_funcs(end)) == 1  # FLARE calls it
     end.leave()
     assert not (tmp_path / "prefix").exists()
+
+
+def test_messages_are_forgotten_in_time_without_a_thread_for_each():
+    share_clock()
+    before = threading.active_count()
+    tasks = [RxTask(number, "origin", None, reliable=True) for number in range(50)]
+    for task in tasks:
+        RxTask.rx_task_map["origin", task.sid] = task
+        task._schedule_remove_task(0.3)
+    assert threading.active_count() <= before
+    assert len(RxTask.rx_task_map) >= 50
+    tasks[0]._remove_task()  # earlier than planned
+    until = time.monotonic() + 20
+    while any(("origin", task.sid) in RxTask.rx_task_map for task in tasks):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_job_carries_no_code(tmp_path):
