@@ -10,6 +10,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -55,6 +56,7 @@ class Admin:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 if self.session is None:
+                    _quiet()
                     self.session = new_secure_session(ADMIN, str(self.kit), timeout=30.0)
                 return getattr(self.session, command)(*given)
         except Exception as error:  # the library raises many kinds
@@ -362,6 +364,12 @@ def status(path: Path) -> list[dict[str, Any]]:
         }
         for name in names
     ]
+
+
+def _quiet() -> None:
+    """FLARE logs every try to reach a server; where nobody has set up a log, Python would print that."""
+    if not logging.root.handlers:
+        logging.root.addHandler(logging.NullHandler())
 
 
 def _tell(line: str) -> None:

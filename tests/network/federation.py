@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,30 +39,35 @@ class Federation:
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @classmethod
-    def made_in(cls, folder: Path) -> Federation:
+    def made_in(cls, folder: Path, server: str = "localhost") -> Federation:
         make_sites(folder)
         federation = cls(folder)
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
         named = [word for site in SITES for word in ("--site", site)]
-        words = ["provision", "demo", "--server", "localhost", "--port", port, "--out", str(folder / "kits")]
+        words = ["provision", "demo", "--server", server, "--port", port, "--out", str(folder / "kits")]
         subprocess.run(federation.command(*words, *named), check=True, capture_output=True)
         return federation
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-c", _POLYRANK, *words]
 
-    def start(self, name: str) -> None:
-        """The server or a site; what it prints goes to ``folder``/NAME.out."""
+    def start(self, name: str, *before: str) -> None:
+        """The server or a site; what it prints goes to ``folder``/NAME.out.
+
+        Args:
+            before: words that lead the command, such as those that enter a network namespace.
+        """
         kit = str(self.folder / "kits" / name)
         table = str(self.folder / name / "site.toml")
         words = ["serve", kit] if name == "server" else ["join", kit, "--data", table]
-        self.running[name] = self.begin(name, *words)
+        self.running[name] = self.begin(name, *words, before=before)
 
-    def begin(self, told: str, *words: str) -> subprocess.Popen[bytes]:
+    def begin(self, told: str, *words: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        command = [*before, *self.command(*words)]
         with (self.folder / f"{told}.out").open("ab") as out:
-            return subprocess.Popen(self.command(*words), stdout=out, stderr=out, env={**os.environ})
+            return subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ})
 
     def kill(self, name: str) -> None:
         """kill -9, for the process and for those that FLARE started for its jobs."""

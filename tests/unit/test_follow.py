@@ -271,6 +271,15 @@ def test_a_site_that_was_not_heard_of_for_a_while_is_away(tmp_path, monkeypatch)
     assert admin.connected() == {"a"}
 
 
+def test_the_last_words_of_a_job_are_in_its_log(tmp_path, monkeypatch):
+    log = "INFO x\nERROR polyrank: RUN = '/x': one\n09:02 ERROR polyrank: RUN = '/x': two\nINFO y"
+    admin = remote.Admin(tmp_path)
+    monkeypatch.setattr(remote.Admin, "ask", lambda self, command, job: {"logs": {"server": log}})
+    assert admin.last_words("job") == "RUN = '/x': two"
+    monkeypatch.setattr(remote.Admin, "ask", lambda self, command, job: {"logs": {}})
+    assert admin.last_words("job") == ""
+
+
 def test_a_job_that_is_at_work_is_followed_and_no_second_one_begun(unfinished, begin, monkeypatch):
     begin()
     unfinished.write(JOB, {"job": "first"})
