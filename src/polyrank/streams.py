@@ -1,8 +1,8 @@
 """One clock for the messages that FLARE remembers, in place of a thread for each.
 
 Who got a message acknowledges it again while its sender may still ask, and then forgets it. For that FLARE
-2.9 starts a `threading.Timer`, a thread that sleeps for minutes: a server with three sites had two thousand of
-them after six hundred short rounds, and a service may have five thousand as a rule. Here one thread forgets
+2.9 starts a `threading.Timer`, a thread that sleeps for minutes: a server with three sites had two thousand
+of them after six hundred short rounds, and a service manager allows some thousands. Here one thread forgets
 all messages, each at the same moment as before.
 """
 
