@@ -176,6 +176,7 @@ def test_kits_hold_one_key_each_and_allow_two_classes_of_ours(tmp_path):
     assert not allowed["allow_log_streaming"]
     rights = json.loads((kits[2] / "local" / "authorization.json").read_text())["permissions"]
     assert rights["project_admin"]["byoc"] == "none"
+    assert rights["project_admin"]["get_job_log"] == "any"
     with pytest.raises(InputError, match="exists already"):
         provision("demo", "localhost", ["site-a"], tmp_path / "kits")
 
