@@ -29,6 +29,7 @@ _ALLOWED = (
 _RIGHTS = {
     "project_admin": {
         **dict.fromkeys(("submit_job", "manage_job", "download_job", "view", "operate"), "any"),
+        "get_job_log": "any",  # the server's own: where a job that cannot write its run folder says why
         **dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none"),
     }
 }

@@ -36,7 +36,7 @@ from polyrank.messages import ClientId
 from polyrank.restart import Reopened, reopen, restore
 from polyrank.session import ClientError
 from polyrank.site import Joined, Site, Terms, read_table
-from polyrank.streams import settle, share_clock
+from polyrank.streams import share_clock
 from polyrank.wire import WireError
 
 SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
@@ -79,9 +79,7 @@ class SiteEnd:
     def _join(self, name: ClientId, terms: str) -> str:
         try:
             self.site = self.site or _own_site()
-            joined = self.site.join(name, Terms.model_validate_json(terms)).model_dump_json()
-            settle()
-            return joined
+            return self.site.join(name, Terms.model_validate_json(terms)).model_dump_json()
         except (InputError, ValidationError) as error:
             line = first_line(error, 500)
         except Exception as error:  # what it says may name a path
@@ -172,7 +170,6 @@ def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any], job: str) -> None:
     assert isinstance(engine, Flare)
     network = Sites(sites, folder, engine.deadline_s)
     experiment, manifest = restore(reopened, network)
-    settle()
     for _ in conduct(experiment, reopened.folder, manifest):  # it holds the folder's lock until its end
         if (folder.path / "summary.json").exists():
             network.ask_again()
