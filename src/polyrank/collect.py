@@ -97,6 +97,8 @@ def collect_quorum(
         asked: the first wave: the cohort, or everybody where all are scored.
         spares: who may replace a failed client, in this order.
 
+    Returns: all replies, client by client in the order in which they may be asked first.
+
     Raises: RunError when the round stays below its quorum.
     """
     wave, replies, counting = list(asked), list[Reply](), set(cohort)
@@ -108,7 +110,7 @@ def collect_quorum(
         replies = refuse_outliers(replies, failures.norm_bound)
         good = {reply.client for reply in replies if reply.learned is not None and reply.counts}
         if len(good) >= needed:
-            return replies
+            return _in_order(replies, [*asked, *spares])
         failed = [client for client in wave if client in counting and client not in good]
         fresh = [client for client in spares if client not in received.attempts]
         wave = [*fresh, *failed][: len(cohort) - len(good)]
@@ -118,6 +120,12 @@ def collect_quorum(
     errors = {r.client: f"{r.client}: {r.error}" for r in replies if r.learned is None and r.counts}
     count, reasons = f"{len(good)} of {len(cohort)} clients" if good else "no client", list(errors.values())
     raise RunError(f"{count} gave a usable update ({needed} are needed; {'; '.join(reasons[:3])})")
+
+
+def _in_order(replies: Sequence[Reply], clients: Sequence[ClientId]) -> list[Reply]:
+    """The replies client by client: sums go in this order, so that asking twice changes no bit of them."""
+    place = {client: number for number, client in reversed([*enumerate(clients)])}
+    return sorted(replies, key=lambda reply: place.get(reply.client, len(clients)))
 
 
 def collect(engine: Engine, clients: Sequence[ClientId], received: Received) -> list[Reply]:

@@ -73,10 +73,9 @@ def test_where_nobody_is_left_the_failed_are_asked_again():
 
     fed, state = federation({"c1": first_time}, failures=Failures(quorum=1.0))
     after, record = federated_round(fed, state)
-    assert told(record)[1:] == [("c1", 0, "failed"), ("c2", 0, None), ("c3", 0, None), ("c1", 1, None)]
+    assert told(record)[1:] == [("c1", 0, "failed"), ("c1", 1, None), ("c2", 0, None), ("c3", 0, None)]
     whole, _ = federated_round(*federation())
-    difference = largest_difference(after.adapter, whole.adapter)
-    assert difference < 1e-7  # the same updates in another order
+    assert largest_difference(after.adapter, whole.adapter) == 0  # the same updates in the same order
     assert round_row(record, None)["attempts"] == 2
 
 
@@ -116,15 +115,15 @@ def test_a_late_answer_to_the_first_request_is_refused():
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_dropout_loses_its_share_and_every_round_is_committed(share):
     fed, state = federation(failures=Failures(quorum=0.5, retries=8))
-    fed = dataclasses.replace(fed, engine=Dropout(fed.engine, share, 7), rounds=12)
+    fed = dataclasses.replace(fed, engine=Dropout(fed.engine, share, 7), rounds=40)
     asked = failed = 0
     again = start = state
-    for number in range(12):
+    for number in range(40):
         state, record = federated_round(fed, state)
         assert state.round == number + 1
         asked += len(record.replies)
         failed += sum(reply.reason == "failed" for reply in record.replies)
-    assert abs(failed / asked - share) < 0.15
+    assert abs(failed / asked - share) < 0.1
     for _ in range(2):
         again, _ = federated_round(fed, again)
     first = start
