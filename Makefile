@@ -10,7 +10,7 @@ DATA ?=
 NETWORK ?=
 PAIRS ?= 5
 
-.PHONY: install run test check slow network demo-network bench bench-network clean
+.PHONY: install run test check slow network demo-network quantized bench bench-network clean
 
 install: $(VENV)/installed
 
@@ -45,6 +45,11 @@ $(VENV)/flare: $(VENV)/installed
 network: $(VENV)/flare
 	$(BIN)/python -m pytest $$(grep -l 'importorskip("nvflare")' tests/unit/*.py)
 	$(BIN)/python -m pytest -m network $(NETWORK) tests/network
+
+# torchao stays out of the tests' environment until it is asked for: transformers imports it wherever it finds it.
+quantized: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao
+	$(BIN)/python -m pytest tests/unit/test_quantized.py
 
 bench-network: $(VENV)/flare
 	$(BIN)/python -m benchmarks.network --out $(RESULTS)-network.json
