@@ -155,6 +155,7 @@ def test_the_process_that_measures_shares_no_heavy_library_with_the_sides():
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # PEFT asks an old name
 def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(tmp_path):
+    pytest.importorskip("torchao")
     from benchmarks.gpu import SIZES, Work, results
 
     found = results(SIZES["tiny"], Work(2, 16, 2, 2), torch.device("cpu"), tmp_path)

@@ -224,6 +224,7 @@ def test_what_a_family_keeps_besides():
 
 
 def test_weights_of_few_bits_count_as_they_are_stored():
+    pytest.importorskip("torchao")
     _, _, work, _ = spoken_workload("llama", "attention", 4)
     model = tiny_speaker("llama", **{**WIDE, "num_key_value_heads": 2, "vocab_size": 500})
     wide = shape_of(model)
