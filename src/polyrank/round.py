@@ -150,17 +150,18 @@ def federated_round(
     spares = spare_clients(population, state.seed, state.round)
     plan = dict(fed.allocation.allocate(state, first_wave))
 
-    def works(client: ClientId) -> bool:
-        if client not in plan:
+    def slots(client: ClientId) -> RankMask:
+        if client not in plan:  # it replaces another
             plan.update(fed.allocation.allocate(state, [client]))
-        return bool(state.head) or num_slots(plan[client]) > 0
+        return plan[client]
+
+    def works(client: ClientId) -> bool:
+        return bool(state.head) or num_slots(slots(client)) > 0
 
     drawn, base = drawn_as(fed, state), version(state)
 
     def task(client: ClientId) -> TrainTask:
-        if client not in plan:  # it replaces one that failed
-            plan.update(fed.allocation.allocate(state, [client]))
-        asked = replace(make_task(fed, state, plan[client], client, drawn), base=base)
+        asked = replace(make_task(fed, state, slots(client), client, drawn), base=base)
         if received.attempts.get(client, 0) > 0:  # it may have failed because it lost its folds
             asked = replace(asked, folds=Folds(0, state.folds))
         return asked

@@ -242,13 +242,13 @@ def _inside(name: str, others: set[str]) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no advice and no retry notes while a library is imported, loads or saves."""
+    """No progress bars, no advice and no retry notes while a library loads or saves."""
     import logging as standard
 
     from transformers.utils import logging
 
-    silenced = standard.root.manager.disable
-    standard.disable(standard.CRITICAL)
+    standard.getLogger("huggingface_hub").setLevel(standard.CRITICAL)
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -259,4 +259,3 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-        standard.disable(silenced)
