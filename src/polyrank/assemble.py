@@ -19,11 +19,11 @@ from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
 from polyrank.config import Config, Embedded, Flare
-from polyrank.data.instructions import tokenize_instructions
+from polyrank.data.instructions import ENCODERS
 from polyrank.data.partition import ClientRows, Iid, Natural, share_out
-from polyrank.data.source import load_corpus, load_instructions, load_responses, load_texts
+from polyrank.data.source import load_corpus, load_file, load_instructions
 from polyrank.data.texts import Corpus, Texts, corpus_digest
-from polyrank.data.tokens import TextSizes, Tokens, tokenize
+from polyrank.data.tokens import TextSizes, Tokens
 from polyrank.engine.base import Engine
 from polyrank.engine.dropout import Dropout
 from polyrank.engine.embedded import EmbeddedEngine
@@ -149,9 +149,8 @@ def _corpus(config: Config) -> tuple[Corpus, Texts | None]:
     data, partition = config.data, config.partition
     if isinstance(config.engine, Flare):
         assert data.test is not None
-        path, key, names = Path(data.test), "data.test", data.labels or ("texts",)
-        speaks = config.task == "causal_lm"
-        test = load_responses(path, key, data) if speaks else load_texts(path, key, data, names)
+        names = data.labels or ("texts",)
+        test = load_file(Path(data.test), "data.test", data, names, config.task)
         return Corpus(test.select([]), test, names), None
     group = partition.column if isinstance(partition, Natural) else None
     if config.task == "classification":
@@ -161,8 +160,7 @@ def _corpus(config: Config) -> tuple[Corpus, Texts | None]:
 
 
 def _encode(config: Config, model: BaseModel, texts: Texts) -> Tokens:
-    encode = tokenize if config.task == "classification" else tokenize_instructions
-    return encode(texts, model.tokenizer, config.model.max_length)
+    return ENCODERS[config.task](texts, model.tokenizer, config.model.max_length)
 
 
 def _share_out(corpus: Corpus, config: Config, aside: float) -> list[ClientRows]:

@@ -23,11 +23,10 @@ from pydantic import Field, ValidationError, model_validator
 from polyrank.client import handle
 from polyrank.clock import session_size, workload
 from polyrank.cost import WORD, memory_bytes
-from polyrank.data.instructions import KNOWN, tokenize_instructions
-from polyrank.data.source import load_responses, load_texts
+from polyrank.data.instructions import ENCODERS, KNOWN
+from polyrank.data.source import load_file
 from polyrank.data.source import read_table as read_file
 from polyrank.data.texts import Data, TextColumns, Texts, check_columns
-from polyrank.data.tokens import tokenize
 from polyrank.errors import InputError, choices
 from polyrank.messages import ClientId, Task, Training, TrainTask
 from polyrank.models.load import PACKAGED, BaseModel, TaskName, load_base, pick_device
@@ -201,8 +200,7 @@ class Site:
         agree("model.name", model.digest, terms.digest, f"base model {terms.model}")
         agree("model.name", tokenizer_digest(model.tokenizer), terms.tokenizer, f"tokenizer of {terms.model}")
         train, holdout = kept_aside(len(texts), terms, name)
-        encode = tokenize if terms.task == "classification" else tokenize_instructions
-        encoded = encode(texts, model.tokenizer, terms.max_length)
+        encoded = ENCODERS[terms.task](texts, model.tokenizer, terms.max_length)
         cache = temporary_cache(self.table.prefix_gb, terms.prefix_dtype)
         aside = encoded.select(holdout) if holdout else None
         return ClientEnv(model, encoded.select(train), aside, list(model.folded), cache)
@@ -237,11 +235,8 @@ def read_texts(data: SiteData, terms: Terms) -> Texts:
 
     Raises: InputError when the file, a column or a label is not as it should be.
     """
-    path, key = Path(data.source), "data.source"
     try:
-        if terms.task == "causal_lm":
-            return load_responses(path, key, data.columns)
-        return load_texts(path, key, data.columns, terms.labels)
+        return load_file(Path(data.source), "data.source", data.columns, terms.labels, terms.task)
     except InputError as error:
         if error.value != data.source:
             raise

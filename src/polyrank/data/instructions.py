@@ -15,14 +15,14 @@ learned for its last response; what stands before it is prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from polyrank.data.texts import Data, Texts, Turns
-from polyrank.data.tokens import Tokens
+from polyrank.data.tokens import Tokens, tokenize
 from polyrank.errors import InputError, choices, first_line
 
 HEADINGS = {"system": "System", "user": "Instruction", "assistant": "Response"}
@@ -159,6 +159,13 @@ def tokenize_instructions(texts: Texts, tokenizer: Any, max_length: int) -> Toke
         int(tokenizer.pad_token_id),
         np.asarray([len(prompt) for prompt, _ in cut], dtype=np.int64),
     )
+
+
+ENCODERS: Mapping[str, Callable[[Texts, Any, int], Tokens]] = {
+    "classification": tokenize,
+    "causal_lm": tokenize_instructions,
+}
+"""By task."""
 
 
 def _response_ids(prompts: Sequence[Turns], responses: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -100,30 +100,21 @@ def _subsampled(corpus: Corpus, data: Data, seed: int) -> Corpus:
     )
 
 
-def load_texts(path: Path, key: str, data: Data, names: Sequence[str]) -> Texts:
-    """All texts of one file, under label names that are agreed already.
+def load_file(path: Path, key: str, data: Data, names: Sequence[str], task: str) -> Texts:
+    """All texts of one file: under label names that are agreed already, or prompts with their responses.
 
     Args:
         key: what the path is called where it was given.
         data: names the columns.
+        task: what they are for.
 
-    Raises: InputError as `load_corpus`.
+    Raises: InputError as `load_corpus` and `load_instructions`.
     """
     table = read_table(path, key)
+    if task == "causal_lm":
+        turns, responses = _instructions(table, data)
+        return Texts(turns, responses, [0] * len(turns))
     return _texts(table, data, names, None, by_name=_are_names(table, data, names))
-
-
-def load_responses(path: Path, key: str, data: Data) -> Texts:
-    """All prompts of one file with their responses.
-
-    Args:
-        key: what the path is called where it was given.
-        data: names the columns.
-
-    Raises: InputError as `load_instructions`.
-    """
-    turns, responses = _instructions(read_table(path, key), data)
-    return Texts(turns, responses, [0] * len(turns))
 
 
 def read_table(path: Path, key: str) -> pa.Table:
