@@ -253,13 +253,11 @@ def _refuse_sessions(
             raise InputError("allocation.kind", fed.allocation.kind, allowed)
 
 
-def _clock(config: Config, model: BaseModel, sizes: Mapping[ClientId, TextSizes]) -> Clock | None:
+def _clock(config: Config, model: BaseModel, texts: Mapping[ClientId, TextSizes]) -> Clock | None:
     """The clock of the simulated devices, or None where none are simulated."""
     if config.fleet is None:
         return None
-    texts = {client: (one.texts, one.tokens) for client, one in sizes.items()}
-    asked = {client: one.taught for client, one in sizes.items()} if config.task == "causal_lm" else None
-    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0, asked)
+    return make_clock(config.fleet, shape_of(model), texts, config.seed, config.engine.prefix_gb > 0)
 
 
 def _bank(

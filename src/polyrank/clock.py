@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
 
 from polyrank.adapter import Adapter, block_numbers
 from polyrank.cost import WORD, Cost, Workload, cost, link_seconds, lowest_block, memory_bytes
+from polyrank.data.tokens import TextSizes
 from polyrank.device import Roster, deal
 from polyrank.messages import ClientId, Training, TrainTask
 from polyrank.models.shape import ModelShape
@@ -67,18 +68,16 @@ class Clock:
     """Prices sessions.
 
     Args:
-        texts: how many train texts each client has, and their tokens.
-        asked: tokens of these texts that a language model is asked to predict; none of a classifier.
+        texts: how much train text each client has.
         stores: whether devices keep what enters their lowest adapted block.
     """
 
     roster: Roster
     shape: ModelShape
-    texts: Mapping[ClientId, tuple[int, int]]
+    texts: Mapping[ClientId, TextSizes]
     stores: bool
     deadline_s: float | None = None
     wait_for: float = 1.0
-    asked: Mapping[ClientId, int] = field(default_factory=dict)
 
     def price(
         self, task: TrainTask, known: ClientRecord, bytes_down: int, bytes_up: int, steady: bool = False
@@ -93,7 +92,7 @@ class Clock:
         frozen = {name: int(held.sum()) - ranks[name] for name, held in task.mask.items()}
         work = self._workload(task.client, task.training, ranks, frozen, (bytes_down, bytes_up))
         if not steady and work.skipped and (known.stored != work.skipped or task.folds.adapters):
-            work = replace(work, stored_tokens=float(self.texts[task.client][1]))
+            work = replace(work, stored_tokens=float(self.texts[task.client].tokens))
         setup = self.roster.setup(task.client, task.round)
         depth = self.shape.blocks - min(lowest_block(work), self.shape.blocks)
         widest = [0] * self.shape.blocks
@@ -137,50 +136,55 @@ class Clock:
         frozen: Mapping[str, int],
         sizes: tuple[int, int],
     ) -> Workload:
-        texts, tokens = self.texts[client]
-        work = workload(self.shape, (texts, tokens), training, ranks, frozen, self.stores)
-        asked = work.texts * self.asked.get(client, 0) / texts
-        return replace(work, bytes_down=sizes[0], bytes_up=sizes[1], asked=asked)
+        work = workload(self.shape, self.texts[client], training, ranks, frozen, self.stores)
+        return replace(work, bytes_down=sizes[0], bytes_up=sizes[1])
 
 
 def workload(
     shape: ModelShape,
-    texts: tuple[int, int],
+    texts: TextSizes,
     training: Training,
     ranks: Mapping[str, int],
     frozen: Mapping[str, int],
     stores: bool,
 ) -> Workload:
-    """One session of a client with so many texts and tokens; nothing is sent.
+    """One session of a client with so much text; nothing is sent.
 
     Args:
         ranks: slots that train, by module.
         frozen: slots that take part without training, by module.
         stores: whether the device keeps what enters its lowest adapted block.
     """
-    count, tokens = texts
-    steps, seen = session_size(count, training)
+    steps, seen = session_size(texts.texts, training)
     held = [one.block for one in shape.maps if ranks.get(one.name) or frozen.get(one.name)]
     lowest = min([*held, shape.head_block, shape.blocks - 1])
     skipped = lowest if stores and shape.skips and not training.base_dropout else 0
-    words, share = optimizer_words(training), seen * tokens / count
-    return Workload(shape, ranks, steps, seen, share, frozen=frozen, skipped=skipped, optimizer_words=words)
+    return Workload(
+        shape,
+        ranks,
+        steps,
+        seen,
+        seen * texts.tokens / texts.texts,
+        frozen=frozen,
+        skipped=skipped,
+        optimizer_words=optimizer_words(training),
+        asked=seen * texts.taught / texts.texts if shape.vocabulary else 0.0,
+    )
 
 
 def make_clock(
     table: FleetTable,
     shape: ModelShape,
-    texts: Mapping[ClientId, tuple[int, int]],
+    texts: Mapping[ClientId, TextSizes],
     seed: int,
     stores: bool,
-    asked: Mapping[ClientId, int] | None = None,
 ) -> Clock:
     """The clock of a run; its arguments are those of `Clock`.
 
     Raises: InputError when the fleet, one of its devices or a link is unknown.
     """
     roster = deal(table.name, list(texts), seed)
-    return Clock(roster, shape, texts, stores, table.deadline_s, table.wait_for, asked or {})
+    return Clock(roster, shape, texts, stores, table.deadline_s, table.wait_for)
 
 
 def optimizer_words(training: Training) -> int:

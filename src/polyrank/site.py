@@ -290,10 +290,7 @@ def refuse_too_much(task: Task, env: ClientEnv, limits: Limits) -> None:
         texts, training = env.holdout or env.train, Training(batch_size=task.batch_size)
         ranks = {}
     frozen = {name: held[name] - ranks.get(name, 0) for name in held}
-    sizes = len(texts), int(texts.starts[-1])
-    work = workload(shape_of(env.model), sizes, training, ranks, frozen, env.prefix is not None)
-    asked = 0 if texts.responses is None else texts.targets(range(len(texts)))
-    work = replace(work, asked=work.texts * asked / len(texts))
+    work = workload(shape_of(env.model), texts.sizes, training, ranks, frozen, env.prefix is not None)
     folds = WORD * sum(fold.num_parameters() for fold in task.folds.adapters)
     _at_most("memory in GB", (memory_bytes(work) + folds) / 1e9, "max_memory_gb", limits.max_memory_gb)
 

@@ -25,10 +25,7 @@ from tests.unit.test_round import federation
 def simulated(name="jetson80", stores=True, **changes):
     """Four clients of the tiny model on a fleet."""
     fed, state = federation(**changes)
-    texts = {
-        client: (len(env.train), int(env.train.starts[-1]))
-        for client, env in fed.engine.engine.environments.items()
-    }
+    texts = {client: env.train.sizes for client, env in fed.engine.engine.environments.items()}
     model = dataclasses.replace(tiny_model(), skips=True)
     clock = make_clock(FleetTable(name=name), shape_of(model), texts, 0, stores)
     records = {
