@@ -152,7 +152,7 @@ def backward(work: Workload) -> Demand:
     for block in range(lowest, work.shape.blocks):
         total += Demand(0.0, 0.0, BLOCK_OPERATIONS[1] * work.steps)
         if block > lowest or _learns_attention(work, lowest):
-            total += _attention(work, block, 2)
+            total += _attention(work, block, 1 if block == lowest and _absorbed(work, block) else 2)
     for one in work.shape.maps:
         rows, rank = _rows(work, one), work.ranks.get(one.name, 0)
         if one.block < lowest:
@@ -161,9 +161,10 @@ def backward(work: Workload) -> Demand:
         if passes:
             total += Demand(2.0 * one.outputs * one.inputs * rows, _traffic(work, one, rows), 0.0)
         if rank or (passes and _held(work, one)):
-            moved = WORD * rows * (4 * one.inputs + 6 * one.outputs + 4 * rank)
-            passed = 2.0 * _held(work, one) * (one.outputs + (one.inputs if passes else 0)) * rows
-            learned = 2.0 * rank * (one.inputs + one.outputs) * rows
+            inputs = _adapter_inputs(work, one)
+            moved = WORD * rows * (4 * inputs + 6 * one.outputs + 4 * rank)
+            passed = 2.0 * _held(work, one) * (one.outputs + (inputs if passes else 0)) * rows
+            learned = 2.0 * rank * (inputs + one.outputs) * rows
             total += Demand(passed + learned, moved, ADAPTER_OPERATIONS[1] * work.steps)
     trained = trained_numbers(work)
     total += _output(work)
@@ -232,6 +233,14 @@ def kept_bytes(work: Workload) -> float:
     tokens = sum(_read_rows(work, block) for block in range(lowest, work.shape.blocks)) / steps
     leaving = work.shape.hidden  # attention, where that is fused, and else scores
     total += tokens * (work.shape.scores * _per_text(work) if work.shape.scores else leaving)
+    last = work.shape.blocks - 1
+    if _absorbed(work, last) and (lowest < last or _learns_attention(work, last)):
+        heads, texts = (
+            work.shape.absorbs,
+            work.texts / steps,
+        )  # states; weights, carried queries, mixed states
+        total += work.tokens / steps * work.shape.hidden
+        total += texts * heads * (_per_text(work) + 2 * work.shape.hidden)
     if work.shape.recomputes and running:  # what enters each block, and the rest of one of them at a time
         total = work.tokens / steps * work.shape.hidden * running + total / running
     spoken = work.asked / steps * work.shape.vocabulary  # log probabilities
@@ -251,9 +260,11 @@ def _adapters_forward(work: Workload) -> Demand:
     for one in work.shape.maps:
         rank, rows = _held(work, one), _rows(work, one)
         if rank:
-            width = one.inputs + one.outputs
-            moved = WORD * rows * (one.inputs + 6 * one.outputs + 2 * rank)
-            total += Demand(2 * rank * width * rows, moved, ADAPTER_OPERATIONS[0] * work.steps)
+            inputs = _adapter_inputs(work, one)
+            moved = WORD * rows * (inputs + 6 * one.outputs + 2 * rank)
+            total += Demand(
+                2 * rank * (inputs + one.outputs) * rows, moved, ADAPTER_OPERATIONS[0] * work.steps
+            )
     return total
 
 
@@ -289,8 +300,11 @@ def _output(work: Workload) -> Demand:
 
 
 def _attention(work: Workload, block: int, times: int) -> Demand:
-    """Scores and weighted values of one block: every query meets T keys."""
-    return Demand(times * 4.0 * _read_rows(work, block) * _per_text(work) * work.shape.hidden)
+    """Scores and weighted values of one block: every query meets T keys, or as many states for each head."""
+    each = times * 4.0 * _read_rows(work, block) * _per_text(work) * work.shape.hidden
+    if not _absorbed(work, block):
+        return Demand(each)
+    return Demand(each * work.shape.absorbs, times * 4.0 * work.shape.word * work.tokens * work.shape.hidden)
 
 
 def _per_text(work: Workload) -> float:
@@ -306,13 +320,23 @@ def _traffic(work: Workload, one: Map, rows: float) -> float:
 
 def _rows(work: Workload, one: Map) -> float:
     """Rows that go through a map over all steps."""
-    pooled = work.shape.pooled and one.block == work.shape.blocks - 1 and not one.keys
-    return work.texts if pooled else work.tokens
+    pooled = work.shape.pooled and one.block == work.shape.blocks - 1
+    return work.texts if pooled and (not one.keys or work.shape.absorbs) else work.tokens
 
 
 def _read_rows(work: Workload, block: int) -> float:
     """Rows that leave a block's attention over all steps."""
     return work.texts if work.shape.pooled and block == work.shape.blocks - 1 else work.tokens
+
+
+def _absorbed(work: Workload, block: int) -> bool:
+    """Whether a block's attention does without keys and values (`models/absorbed.py`)."""
+    return work.shape.absorbs > 0 and block == work.shape.blocks - 1
+
+
+def _adapter_inputs(work: Workload, one: Map) -> int:
+    """Numbers that A reads of each row: of a map that is absorbed, one state for each head."""
+    return one.inputs * (work.shape.absorbs if one.keys and _absorbed(work, one.block) else 1)
 
 
 def _held(work: Workload, one: Map) -> int:
@@ -336,7 +360,7 @@ def _passes_gradient(work: Workload, one: Map, lowest: int) -> bool:
     if one.block > lowest:
         return True
     if one.enters:
-        return False
+        return one.keys and _absorbed(work, one.block) and _learns_attention(work, lowest)
     names = [other for other in work.shape.maps if other.block == lowest and other.beside == one.beside]
     before = [*names[: names.index(one)], *(other for other in names if other.enters)]
     return any(work.ranks.get(other.name) for other in before) or lowest == work.shape.head_block

@@ -48,10 +48,11 @@ def paths(name: str) -> dict[str, str]:
     no_prefix = why_not_skip(model)
     on_cpu = model.device.type == "cpu"
     frozen = "packed once in float32" if on_cpu and fp32_pays() else "the default library"
+    pooled = f"{model.pools} token{', without keys and values of the others' if model.absorbs else ''}"
     return {
         "paths of": model.source,
         "packed": "yes" if model.packs else f"no: {model.reasons['packing']}",
-        "pooled": f"{model.pools} token" if model.pools else f"no: {model.reasons['pooling']}",
+        "pooled": pooled if model.pools else f"no: {model.reasons['pooling']}",
         "prefix": f"no: {no_prefix}" if no_prefix else "yes",
         "frozen maps": f"{frozen}; bf16 is there" if on_cpu and bf16_is_fast() else frozen,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, delta_weight
 from polyrank.fused import Shares, add_padded, add_products, stack_factors
+from polyrank.models.absorbed import Update
 from polyrank.models.frozen import pack_again
 
 
@@ -69,6 +71,17 @@ class LowRankLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         add = add_products if x.device.type == "cpu" else add_padded
         return add(y.reshape(-1, y.shape[-1]), flat, B, e, A, self.scale, self.shares).view(y.shape)
+
+    def updates(self, rows: int) -> Iterator[Sequence[Update]]:
+        """What trains, then what is frozen: for each client its part of so many rows, and what it adds."""
+        for parts in (dict(self.named_parameters(recurse=False)), self.frozen):
+            if "A" not in parts:
+                continue
+            counts = self.shares.of(rows, len(parts["A"]))
+            ends = itertools.accumulate(counts)
+            own = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+            e = parts.get("e", [None] * len(own))
+            yield [(*each, self.scale) for each in zip(own, parts["B"], e, parts["A"], strict=True)]
 
     def factors(self, client: int = 0) -> Factors:
         """The factors of one client (views)."""

@@ -15,7 +15,7 @@ from tests.conftest import tiny_network
 @pytest.mark.parametrize(
     ("family", "packed", "pooled", "prefix"),
     [
-        ("bert", "yes", "first token", "yes"),
+        ("bert", "yes", "first token, without keys and values of the others", "yes"),
         ("gpt2", "yes", "last token", "yes"),
         ("deberta", "no: its blocks do not get the layout", "no: it is not packed", "yes"),
         ("albert", "yes", "no: first token: logits differ by ", "no: it has one block"),

@@ -10,10 +10,10 @@ import torch
 
 from polyrank.adapter import Adapter
 from polyrank.evaluation import predict
-from polyrank.lowrank import installed
+from polyrank.lowrank import installed, negated
 from polyrank.models import packing
 from polyrank.models.load import head_parameters, logits_of
-from polyrank.models.packing import layout_of
+from polyrank.models.layout import layout_of
 from polyrank.models.targets import linear_shape, resolve_targets
 from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference, random_adapter
@@ -26,6 +26,8 @@ READS = {
     "albert": None,  # its one block cannot know when it runs for the last time
 }
 DECODERS = [family for family, read in READS.items() if read == "last"]
+ABSORBING = ["bert", "distilbert", "roberta"]
+KEYS = {"key", "value", "k_lin", "v_lin"}
 packing_families = pytest.mark.parametrize("family", READS)
 BATCHES = {"ragged": ([7, 3, 1, 5], 7), "one": ([6], 6), "full": ([5, 5, 5], 5), "wide": ([4, 1, 3], 8)}
 
@@ -89,6 +91,10 @@ def test_logits_and_gradients_are_those_of_the_padded_batch(family, pools, lengt
     model, inputs = tiny_model(family), batch_of(*BATCHES[lengths])
     model = model if pools else dataclasses.replace(model, pools=None)
     model.network.double()
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if name.endswith("bias"):  # a fresh model's are 0
+                parameter.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(len(name)))
     adapter = strong_adapter(model, torch.float64)
     plain = logits_and_slopes(model, adapter, lambda: model.network(**inputs).logits)
     packed = logits_and_slopes(model, adapter, lambda: logits_of(model, inputs))
@@ -120,8 +126,36 @@ def test_training_ends_in_the_same_adapter(family, form):
 
 @pytest.mark.parametrize("family", [family for family, read in READS.items() if read])
 def test_the_last_block_runs_for_the_tokens_that_the_head_reads(family):
-    """But for its keys and values, which need all of them."""
+    """But for its keys and values, which a model that turns or joins them needs of all."""
     model, inputs = tiny_model(family), batch_of([7, 4, 5, 2])
+    found = rows_of_the_last_block(model, inputs)
+    assert model.absorbs == (family in ABSORBING)
+    keys = {"k_proj", "v_proj", "c_attn"}
+    wanted = {"c_attn": {18, 4}, "k_proj": {18}, "v_proj": {18}}  # GPT-2 makes queries and keys in one map
+    assert found == {kind: wanted.get(kind, {4}) for kind in found}
+    assert bool(found.keys() & (keys | KEYS)) != model.absorbs
+
+
+@pytest.mark.parametrize("family", ABSORBING)
+def test_an_adapter_that_drops_some_of_a_token_needs_keys_and_values(family):
+    model, inputs = tiny_model(family), batch_of([7, 4, 5, 2])
+    with installed(model.network, [strong_adapter(model)], dropout=0.1):
+        found = rows_of_the_last_block(model, inputs)
+    assert [found[name] for name in found.keys() & KEYS] == [{18}, {18}]
+
+
+@packing_families
+def test_slots_that_do_not_train_take_part(family):
+    model, inputs = tiny_model(family), batch_of([7, 4, 5, 2])
+    frozen = [strong_adapter(model), negated(strong_adapter(model))]
+    for beside in frozen:
+        with installed(model.network, [strong_adapter(model)], frozen=[beside]), torch.inference_mode():
+            plain, packed = model.network(**inputs).logits, logits_of(model, inputs)
+        assert float((packed - plain).abs().max() / plain.abs().max()) < 1e-5
+
+
+def rows_of_the_last_block(model, inputs):
+    """How many rows went through each of its maps, by last name."""
     last = model.network.get_submodule(model.blocks[-1])
     rows = defaultdict(set)
     hooks = [
@@ -132,11 +166,7 @@ def test_the_last_block_runs_for_the_tokens_that_the_head_reads(family):
     logits_of(model, inputs)
     for hook in hooks:
         hook.remove()
-    keys = {"key", "value", "k_lin", "v_lin", "k_proj", "v_proj"}
-    wanted = {"c_attn": {18, 4}, **{key: {18} for key in keys}}  # GPT-2 makes queries and keys in one map
-    found = {name.rpartition(".")[2]: counts for name, counts in rows.items()}
-    assert found == {kind: wanted.get(kind, {4}) for kind in found}
-    assert found.keys() & wanted.keys()
+    return {name.removesuffix(".base").rpartition(".")[2]: counts for name, counts in rows.items()}
 
 
 @packing_families
@@ -214,7 +244,7 @@ def rotations_of_others(kwargs, change):
 
 @pytest.mark.parametrize(
     ("place", "fault"),
-    [("_seen", both_ways), ("_with_rotations", rotations_of_others)],
+    [("_seen", both_ways), ("with_rotations", rotations_of_others)],
 )
 def test_the_probe_sees_a_wrong_layout(place, fault, monkeypatch):
     monkeypatch.setattr(packing, place, fault)

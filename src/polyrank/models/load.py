@@ -41,6 +41,7 @@ class BaseModel:
             layer that the checkpoint lacks and that would otherwise stay random; none of a language model.
         packs: whether batches may go through the blocks without padding.
         pools: the one token of each text that the head reads, where the last block may run for it alone.
+        absorbs: whether that token needs no keys or values of the others.
         skips: whether a stored prefix may stand in for its first blocks.
         folded: fingerprints of the updates added to the frozen weights since loading, oldest first.
         reasons: why it does not pack or pool, by ``packing`` and ``pooling``.
@@ -57,6 +58,7 @@ class BaseModel:
     device: torch.device
     packs: bool = False
     pools: Read | None = None
+    absorbs: bool = False
     skips: bool = False
     folded: list[str] = field(default_factory=list)
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -197,8 +199,8 @@ def prepare(
         network.config.use_cache = False  # keys and values are kept for texts that grow; none does here
     blocks = block_names(base, prefix)
     ready = make_ready(network, blocks, speaks)
-    parts = (network, tokenizer, source, blocks, ordered, device)
-    return BaseModel(*parts, packs=ready.packs, pools=ready.pools, reasons=ready.reasons, task=task)
+    model = BaseModel(network, tokenizer, source, blocks, ordered, device, task=task)
+    return replace(model, packs=ready.packs, pools=ready.pools, absorbs=ready.absorbs, reasons=ready.reasons)
 
 
 def weights_digest(network: nn.Module) -> str:

@@ -3,16 +3,14 @@
 Linear maps, norms and activations work token by token, so padding only costs them time. What enters a block
 [B, T, H] is cut to the N real tokens, [1, N, H]; attention alone looks at texts, so it puts its queries, keys
 and values back into [B, T] and takes the real ones out again; the last block's output is padded again for the
-head. Where the head reads one token of each text alone, the last block runs for those tokens alone; only its
-keys and values still come from all of them. It works through transformers' attention interface and hooks: no
-model is copied. A probe compares the logits with the plain path's, and says why where a model keeps that.
+head. Where the head reads one token of each text alone, the last block runs for those tokens alone
+(`last_block.py`). It works through transformers' attention interface and hooks: no model is copied. A probe
+compares the logits with the plain path's, and says why where a model keeps that.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,73 +20,18 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from polyrank.errors import first_line
-from polyrank.models.targets import linear_shape
+from polyrank.models.absorbed import Unmade, attend, can_absorb
+from polyrank.models.last_block import Forward, ReachedError, pair_of, pooled, straight
+from polyrank.models.layout import Layout, UnfitError, layout_of, with_rotations
 
 NAME = "polyrank_packed"
 _CLOSE = {torch.bfloat16: 3e-2}  # relative; 1e-4 where rounding is finer
 
 Read = Literal["first", "last"]
-Maps = Mapping[str, nn.Module]
-
-# What the model families call a map to queries alone, and one to keys or values alone.
-_QUERY = frozenset(["query", "q_lin", "q_proj", "query_proj"])
-_KEY = frozenset(["key", "value", "k_lin", "v_lin", "k_proj", "v_proj", "key_proj", "value_proj"])
+_READS: tuple[Read, ...] = ("first", "last")
 
 # What attention may be handed that changes it and that `_attention` does not compute.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the real tokens of a batch are that is padded on the right.
-
-    Args:
-        rows: their positions in the flattened batch, [N].
-        mask: which positions are real, [B, T].
-        read: place among the N of the one token of each text that the head reads, [B]; None for all.
-        keys: where the last block runs for those tokens alone, keys and values of all, each [1, heads, N, D].
-        stop: whether the last block is run for its keys and values alone.
-    """
-
-    rows: Tensor
-    mask: Tensor
-    read: Tensor | None = None
-    keys: tuple[Tensor, Tensor] | None = None
-    stop: bool = False
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] or, the same for all texts, [1, T, ...] to [1, N, ...]."""
-        flat = x.expand(len(self.mask), *x.shape[1:]).flatten(0, 1)
-        return (flat if self._full else flat[self.rows])[None]
-
-    def pad(self, packed: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[1, N, ...] to [B, T, ...], with zeros where no token is; or the tokens of ``rows`` alone."""
-        shape = (*self.mask.shape, *packed.shape[2:])
-        if rows is None and self._full:
-            return packed.reshape(shape)
-        flat = packed.new_zeros(self.mask.numel(), *packed.shape[2:])
-        return flat.index_copy(0, self.rows if rows is None else rows, packed[0]).view(shape)
-
-    @property
-    def _full(self) -> bool:
-        return len(self.rows) == self.mask.numel()
-
-
-def makes_queries(name: str) -> bool:
-    """Whether a map of this name makes queries alone, which a last block needs of the tokens read alone."""
-    return name in _QUERY
-
-
-class UnfitError(Exception):
-    """What a model does that the packed path cannot."""
-
-
-class _Reached(Exception):  # noqa: N818
-    """The last block has come to its attention, and its keys and values are known."""
-
-    def __init__(self, keys: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.keys = keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +41,14 @@ class Ready:
     Args:
         packs: whether `packed_logits` may be used.
         pools: the one token of each text that its head reads, or None when it reads others too.
+        absorbs: whether that token needs no keys or values of the others.
         reasons: why not, by what is not.
     """
 
     packs: bool
     pools: Read | None = None
+    absorbs: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
-
-
-def layout_of(attention_mask: Tensor) -> Layout:
-    """The layout of a batch that is padded on the right."""
-    mask = attention_mask.bool()
-    return Layout(mask.flatten().nonzero().squeeze(1), mask)
 
 
 def packed_logits(network: Any, inputs: Mapping[str, Tensor], read: Read | None = None) -> Tensor:
@@ -164,18 +103,42 @@ def make_ready(network: Any, blocks: Sequence[str], speaks: bool = False) -> Rea
     if reason:
         for hook in hooks:
             hook.remove()
-        return Ready(False, None, {"packing": reason, "pooling": "it is not packed"})
+        return Ready(False, reasons={"packing": reason, "pooling": "it is not packed"})
     if speaks:
-        return Ready(True, None, {"pooling": "every token of a response is read"})
-    reads: tuple[Read, ...] = ("first", "last")
-    plain = last.forward
-    last.forward = functools.partial(_pooled, last, plain, _stand_ins(last, _QUERY), _stand_ins(last, _KEY))
-    found = {read: _why_plain(network, last, inputs, read) for read in reads}
-    for read, why_not in found.items():
-        if not why_not:
-            return Ready(True, read)
+        return Ready(True, reasons={"pooling": "every token of a response is read"})
+    plain, reasons = last.forward, {}
+    for read in _READS:
+        last.forward = pooled(last, plain)
+        reasons[read] = _why_plain(network, last, inputs, read)
+        if not reasons[read]:
+            return Ready(True, read, _absorbs(network, last, plain, inputs, read))
     last.forward = plain
-    return Ready(True, None, {"pooling": "; ".join(f"{read} token: {why}" for read, why in found.items())})
+    return Ready(
+        True, reasons={"pooling": "; ".join(f"{read} token: {why}" for read, why in reasons.items())}
+    )
+
+
+def _absorbs(network: Any, last: nn.Module, plain: Forward, inputs: Mapping[str, Tensor], read: Read) -> bool:
+    """Let the last block do without keys and values, if it may; whether it does."""
+    pair, fits = pair_of(last), list[bool]()
+    if pair is None or not all(can_absorb(last.get_submodule(name)) for name in pair):
+        return False
+    look = last.register_forward_pre_hook(
+        lambda _, args, kwargs: fits.append(straight(last, plain, pair, args, kwargs)), with_kwargs=True
+    )
+    with_keys = last.forward
+    try:
+        with torch.inference_mode():
+            packed_logits(network, inputs, read)
+    finally:
+        look.remove()
+    if not all(fits):
+        return False
+    last.forward = pooled(last, plain, pair)
+    if _why_plain(network, last, inputs, read):
+        last.forward = with_keys
+        return False
+    return True
 
 
 def difference(plain: Tensor, other: Tensor) -> str:
@@ -240,7 +203,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if layout is None:
         return None
     hidden = args[0] if args[0].shape[:2] != layout.mask.shape else layout.pack(args[0])
-    return (hidden, *args[1:]), _with_rotations(kwargs, layout.pack)
+    return (hidden, *args[1:]), with_rotations(kwargs, layout.pack)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -251,71 +214,6 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if not isinstance(output, Tensor):
         raise UnfitError("its blocks hand on more than hidden states")
     return layout.pad(output, None if layout.read is None else layout.rows[layout.read])
-
-
-def _with_rotations(kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    rotations = kwargs.get("position_embeddings")
-    if rotations is None:
-        return kwargs
-    return {**kwargs, "position_embeddings": tuple(change(part) for part in rotations)}
-
-
-def _pooled(
-    block: nn.Module, forward: Callable[..., Any], queries: Maps, keys: Maps, *args: Any, **kwargs: Any
-) -> Any:
-    """The last block: once up to its attention for keys and values of all, then for the tokens read.
-
-    Args:
-        queries: what stands in for its maps to queries the first time.
-        keys: what stands in for its maps to keys and values the second time.
-    """
-    layout: Layout | None = kwargs.get("packing")
-    if layout is None or layout.read is None:
-        return forward(*args, **kwargs)
-    read = layout.read
-    with _standing_in(block, queries):
-        found = _keys_of(forward, args, {**kwargs, "packing": replace(layout, stop=True)})
-    kwargs = _with_rotations(kwargs, lambda x: x[:, read])
-    with _standing_in(block, keys):
-        return forward(args[0][:, read], *args[1:], **{**kwargs, "packing": replace(layout, keys=found)})
-
-
-def _keys_of(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    try:
-        forward(*args, **kwargs)
-    except _Reached as reached:
-        return reached.keys
-    raise UnfitError("its last block does not come to its attention")
-
-
-class _Nothing(nn.Module):
-    """Stands in for a map whose output nobody reads: of the right shape, and never computed."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
-
-
-def _stand_ins(block: nn.Module, names: Container[str]) -> Maps:
-    maps = {n: linear_shape(m) for n, m in block.named_modules() if n.rpartition(".")[2] in names}
-    return {name: _Nothing(shape[0]) for name, shape in maps.items() if shape is not None}
-
-
-@contextlib.contextmanager
-def _standing_in(block: nn.Module, stand_ins: Maps) -> Iterator[None]:
-    maps = {name: block.get_submodule(name) for name in stand_ins}
-    try:
-        for name, nothing in stand_ins.items():
-            block.set_submodule(name, nothing)
-        yield
-    finally:
-        for name, module in maps.items():
-            block.set_submodule(name, module)
 
 
 def _attention(
@@ -331,18 +229,25 @@ def _attention(
     if packing is None:
         raise UnfitError("its attention does not take the layout")
     if packing.stop:
-        raise _Reached((key, value))
-    alone = packing.keys is not None  # one query per text
-    key, value = packing.keys or (key, value)
+        raise ReachedError((key, value))
     mask = _seen(module, packing, options)
+    alone = packing.keys is not None  # one query per text
+    drops, scale = options.get("dropout", 0.0), options.get("scaling")
+    if isinstance(packing.keys, Unmade):
+        if mask is None or drops:
+            raise UnfitError("its attention is not of the tokens read alone, or drops some at random")
+        one = query[0].transpose(0, 1)
+        states = packing.pad(packing.keys.states)
+        return attend(one, states, packing.keys, mask[:, 0], scale or one.shape[2] ** -0.5)[None], None
+    key, value = packing.keys or (key, value)
     seen = F.scaled_dot_product_attention(
         query.permute(2, 1, 0, 3) if alone else _texts(packing, query),
         _texts(packing, key),
         _texts(packing, value),
         attn_mask=mask,
         is_causal=mask is None,
-        dropout_p=options.get("dropout", 0.0),
-        scale=options.get("scaling"),
+        dropout_p=drops,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return seen.permute(2, 0, 1, 3) if alone else packing.pack(seen.transpose(1, 2)), None

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from polyrank.data.tokens import Tokens
 from polyrank.durable import disk_errors
+from polyrank.models.layout import layout_of
 from polyrank.models.load import BaseModel, logits_of
-from polyrank.models.packing import difference, layout_of, told
+from polyrank.models.packing import difference, told
 
 _BATCH = 32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

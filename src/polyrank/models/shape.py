@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from polyrank.models.last_block import makes_queries
 from polyrank.models.load import BaseModel, head_parameters
-from polyrank.models.packing import makes_queries
 from polyrank.models.targets import ATTENTION_INPUTS, GATES, NEW_GELU, resolve_targets
 
 _PARALLEL = frozenset(["phi", "gptj", "codegen", "cohere", "cohere2"])
@@ -53,6 +53,7 @@ class ModelShape:
         head_parameters: trained in full.
         head_block: lowest block with a part that is trained in full; the number of blocks without one.
         pooled: whether the last block runs for one token of each text, but for keys and values.
+        absorbs: heads of that block where it does without keys and values, too; 0 where it needs them.
         skips: whether a stored prefix may stand in for the first blocks.
         vocabulary: outputs of a language model's output layer; 0 for a classifier.
         word: bytes of a number of its activations.
@@ -79,6 +80,7 @@ class ModelShape:
     scores: int = 0
     capped: bool = False
     recomputes: bool = False
+    absorbs: int = 0
 
 
 def shape_of(model: BaseModel) -> ModelShape:
@@ -113,6 +115,7 @@ def shape_of(model: BaseModel) -> ModelShape:
         (1 + softcap) * int(config.num_attention_heads) if eager else 0,
         getattr(config, "final_logit_softcapping", None) is not None,
         model.recomputes,
+        int(config.num_attention_heads) if model.absorbs and model.pools else 0,
     )
 
 
