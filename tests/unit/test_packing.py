@@ -12,8 +12,8 @@ from polyrank.adapter import Adapter
 from polyrank.evaluation import predict
 from polyrank.lowrank import installed, negated
 from polyrank.models import packing
-from polyrank.models.load import head_parameters, logits_of
 from polyrank.models.layout import layout_of
+from polyrank.models.load import head_parameters, logits_of
 from polyrank.models.targets import linear_shape, resolve_targets
 from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference, random_adapter
