@@ -2,7 +2,7 @@
 
     python -m benchmarks.devices [--out DATED.json] [--passes 4]
 
-The machine is calibrated on twelve kinds of step (`polyrank.calibrate.CALIBRATION`) and predicts the others:
+The machine is calibrated on 13 kinds of step (`polyrank.calibrate.CALIBRATION`) and predicts the others:
 depth 1 to 6 with ranks 2, 8 and 32, and the top 1, 2, 3 and 6 blocks with the prefix below them stored. All
 kinds are measured in turn, pass after pass, and the least CPU time of each counts. One thread, MiniLM.
 Memory is what tensors take: the weights once, and the most that lived at one time in a session.

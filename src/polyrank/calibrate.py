@@ -54,6 +54,7 @@ CALIBRATION = (
     *(Step(depth, rank) for depth in (1, 3, 6) for rank in (2, 32)),
     *(Step(depth, 8, batch, 32) for depth in (1, 6) for batch in (4, 16)),
     Step(6, 8, 16, 64),
+    Step(1, 2, stored=True),
     Step(2, 8, stored=True),
 )
 """What a machine is calibrated on; `benchmarks/devices.py` predicts other steps from it."""

@@ -30,7 +30,10 @@ WORD = 4  # bytes of a float32
 # Operations of one step, (forward, backward), as torch dispatches them on the packed MiniLM, without views.
 BLOCK_OPERATIONS = (14.0, 15.0)
 ADAPTER_OPERATIONS = (4.0, 16.0)  # of one adapted map; the second includes clipping and the optimiser
+ABSORBED_OPERATIONS = 12.0  # more, each way, of a last block without keys and values
 STEP_OPERATIONS = 40.0  # embedding, head, loss and optimiser
+EMBEDDING_PASSES = 10.0  # over the tokens' states, to read or to write: tables, sums and a norm
+STORED_PASSES = 4.0  # more, to take them out of a stored prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,9 @@ def forward(work: Workload) -> Demand:
         raise ValueError("a block that holds an adapter cannot be taken from a stored prefix")
     total = _blocks_forward(work, work.skipped) + _adapters_forward(work)
     head = 2.0 * work.shape.head_parameters * work.texts
-    return total + _output(work) + Demand(head, 0.0, STEP_OPERATIONS * work.steps)
+    passes = EMBEDDING_PASSES + (STORED_PASSES if work.skipped else 0.0)
+    entering = work.shape.word * passes * work.tokens * work.shape.hidden
+    return total + _output(work) + Demand(head, entering, STEP_OPERATIONS * work.steps)
 
 
 def backward(work: Workload) -> Demand:
@@ -304,7 +309,8 @@ def _attention(work: Workload, block: int, times: int) -> Demand:
     each = times * 4.0 * _read_rows(work, block) * _per_text(work) * work.shape.hidden
     if not _absorbed(work, block):
         return Demand(each)
-    return Demand(each * work.shape.absorbs, times * 4.0 * work.shape.word * work.tokens * work.shape.hidden)
+    moved = times * 4.0 * work.shape.word * work.tokens * work.shape.hidden
+    return Demand(each * work.shape.absorbs, moved, ABSORBED_OPERATIONS * work.steps)
 
 
 def _per_text(work: Workload) -> float:

@@ -56,7 +56,7 @@ def test_calibrate_writes_a_fleet_of_what_was_measured(tmp_path, monkeypatch, ca
         main()
     told = capsys.readouterr()
     assert end.value.code == 0, told.err
-    assert "12 kinds of step, fitted within 0%" in told.out
+    assert "13 kinds of step, fitted within 0%" in told.out
     known, fleet = find_fleet(str(path))
     device = known.devices[fleet.members[0].device]
     assert fleet.members[0].device == "mine"

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyrank.adapter import new_adapter, top_blocks
 from polyrank.cost import (
+    EMBEDDING_PASSES,
     Demand,
     Workload,
     backward,
@@ -255,7 +256,8 @@ def test_a_base_in_bf16_takes_half():
     assert whole["base"] == 2 * half["base"] == 4 * work.shape.parameters
     rows = sum(one.inputs + 3 * one.outputs for one in work.shape.maps) * BATCH * LENGTH
     halved = forward(work).moved_bytes - forward(narrow).moved_bytes
-    assert halved == pytest.approx(2 * rows + 2 * 500 * 64)  # rows of frozen maps, and the output layer once
+    entering = EMBEDDING_PASSES * BATCH * LENGTH * 64
+    assert halved == pytest.approx(2 * (rows + entering + 500 * 64))  # and the output layer once
     logits = 4 * 40 * 500
     assert whole["activations"] - logits == 2 * (half["activations"] - logits)
     assert whole["adapter"] == half["adapter"] == 4 * 4 * 3 * (3 * 64 + 64 + 2 * 32)
