@@ -43,6 +43,7 @@ class Record:
     Args:
         config: digest of its config, without where the data lie.
         commit: of the code that ran it.
+        accuracy: of labels, or of a language model's response tokens.
         waiting_s: mean simulated seconds that a client waited for the slowest.
     """
 
@@ -54,10 +55,16 @@ class Record:
     wall_s: float
     waiting_s: float | None
     rounds: Sequence[Round]
+    perplexity: float | None = None
+
+    @property
+    def spent(self) -> Spent:
+        """What all rounds took."""
+        return _spent(self.rounds)
 
     @property
     def megabytes(self) -> float:
-        return _spent(self.rounds).megabytes
+        return self.spent.megabytes
 
     def spent_to(self, target: float) -> Spent | None:
         """What it took until a scored round first reached an accuracy; None where none does."""
@@ -103,12 +110,15 @@ def made_of(name: str, folder: Path, config: str, commit: str) -> Record:
         Round(row["bytes_down"] + row["bytes_up"], *(row.get(key) for key in _ROUND_KEYS))
         for row in rounds_of(folder)
     ]
-    scores = summary["test_accuracy"], summary["active_slots"], round(summary["wall_s"], 1)
-    return Record(name, config, commit, *scores, summary.get("waiting_s"), rounds)
+    accuracy = summary.get("test_accuracy", summary.get("test_token_accuracy"))
+    scores = accuracy, summary["active_slots"], round(summary["wall_s"], 1), summary.get("waiting_s")
+    return Record(name, config, commit, *scores, rounds, summary.get("test_perplexity"))
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """A short name for a config, the same wherever the data lie."""
-    data = dict(config.get("data", {}))
-    data["source"] = Path(data.get("source", "")).name
-    return hashlib.sha256(json.dumps({**config, "data": data}, sort_keys=True).encode()).hexdigest()[:12]
+    """A short name for a config, the same wherever data and model lie."""
+    told = dict(config)
+    for table, key in (("data", "source"), ("model", "name")):
+        if key in config.get(table, {}):
+            told[table] = {**config[table], key: Path(config[table][key]).name}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]

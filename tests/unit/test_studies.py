@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from studies import records
+from studies.causal import run as causal
 from studies.fedara.arms import SMALL, arms, config
 from studies.fedara.tables import tables
 from studies.legend import run as legend
@@ -92,3 +93,17 @@ def test_a_cell_names_every_key_that_a_config_knows(tmp_path):
         for partition in setting.partitions:
             for arm in arms(setting.rounds).values():
                 make_config(config(tmp_path / name, name, partition, 0, arm, 1e-3, setting))
+
+
+def test_the_table_of_language_models_compares_with_central_training_of_the_same_seed():
+    found = {}
+    for place, arm in enumerate(causal.ARMS):
+        for seed in (1, 2):
+            rounds = [Round(3 * 10**6, 0.3, 90.0, 1e3)] * 2
+            reached = 50.0 * seed * (1 + place / 10)
+            found[arm, seed] = Record("x", "c", "abc", 0.3, 336, 1.0, 0.5, rounds, reached)
+    lines = causal.table(found, range(1, 3))
+    assert lines[2].startswith(
+        "| central | 75.000 (35.355) | -9.1 (-9.1 to -9.1) | 0.300 (0.000) | 6.0 | 3.00 | 336 |"
+    )
+    assert "| fedit | 90.000 (42.426) | +9.1 (+9.1 to +9.1) |" in lines[4]
