@@ -57,10 +57,10 @@ bench-network: $(VENV)/flare
 demo-network: $(VENV)/flare
 	$(BIN)/python examples/network.py
 
-# Flower wants an older typer and packaging than the tested versions name, so it lives in a place of its own.
+# Flower wants an older typer, packaging and protobuf than the tested versions name, so it lives in a place of its own.
 $(BENCH)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(BENCH)
-	grep -v -E '^(typer|packaging)==' constraints.txt > $(BENCH)/constraints.txt
+	grep -v -E '^(typer|packaging|protobuf)==' constraints.txt > $(BENCH)/constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --constraint $(BENCH)/constraints.txt torch==2.13.0
 	$(BENCH)/bin/python -m pip install --quiet --constraint $(BENCH)/constraints.txt --editable '.[demo,bench]'
 	@touch $@
