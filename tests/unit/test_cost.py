@@ -104,12 +104,10 @@ def test_flop_are_those_that_torch_counts(targets, depth, pools):
     assert backward(work).flop + pooler == pytest.approx(back.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
-@pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("pools", [True, False])
-def test_activations_are_those_that_autograd_keeps(targets, depth, pools):
-    model, adapter, work = tiny_workload(depth, targets, pools=pools)
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.network.parameters()}
+def kept_by(model, layers, forward):
+    """Bytes that autograd keeps of a loss for its backward part, besides parameters."""
+    parameters = [*model.network.parameters(), *(p for layer in layers.values() for p in layer.parameters())]
+    own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     kept = {}
 
     def pack(tensor):
@@ -118,12 +116,20 @@ def test_activations_are_those_that_autograd_keeps(targets, depth, pools):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with installed(model.network, [adapter]) as layers:
-        own |= {p.untyped_storage().data_ptr() for layer in layers.values() for p in layer.parameters()}
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = step(model)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
     assert loss.requires_grad
-    assert kept_bytes(work) == pytest.approx(sum(kept.values()), rel=0.2)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("pools", [True, False])
+def test_activations_are_those_that_autograd_keeps(targets, depth, pools):
+    model, adapter, work = tiny_workload(depth, targets, pools=pools)
+    with installed(model.network, [adapter]) as layers:
+        kept = kept_by(model, layers, lambda: step(model))
+    assert kept_bytes(work) == pytest.approx(kept, rel=0.2)
 
 
 def test_a_stored_prefix_leaves_out_its_blocks_and_is_paid_for_once():
@@ -172,27 +178,16 @@ def spoken_workload(speaker, targets, depth, **changes):
 def test_flop_and_activations_of_a_language_model(speaker, targets, depth):
     """The output layer runs for the tokens asked, and its probabilities are kept."""
     model, adapter, work, loss = spoken_workload(speaker, targets, depth, **OWN.get(speaker, {}))
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.network.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     with installed(model.network, [adapter]) as layers:
-        own |= {p.untyped_storage().data_ptr() for layer in layers.values() for p in layer.parameters()}
         with sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as ahead:
                 found = loss()
             with FlopCounterMode(display=False) as back:
                 found.backward()
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            found = loss()
+        kept = kept_by(model, layers, loss)
     assert forward(work).flop == pytest.approx(ahead.get_total_flops(), rel=0.01)
     assert backward(work).flop == pytest.approx(back.get_total_flops(), rel=0.01)
-    assert kept_bytes(work) == pytest.approx(sum(kept.values()), rel=0.07)
+    assert kept_bytes(work) == pytest.approx(kept, rel=0.07)
 
 
 @pytest.mark.parametrize("depth", [2, 4])
