@@ -168,6 +168,7 @@ def workload(
         frozen=frozen,
         skipped=skipped,
         optimizer_words=optimizer_words(training),
+        factors="both" if training.factors == "alternate" else training.factors,  # resolved within a round
         asked=seen * texts.taught / texts.texts if shape.vocabulary else 0.0,
     )
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from polyrank.device import Setup
 from polyrank.models.shape import Map, ModelShape
@@ -49,6 +50,7 @@ class Workload:
         stored_tokens: whose prefix is computed and stored in this session; 0 when it is there.
         skipped: blocks at the bottom that are taken from a stored prefix.
         optimizer_words: numbers per trained number besides its value: gradient and averages.
+        factors: which of B and A train, as `messages.Training` has it in one round.
         asked: tokens of all steps for which the output layer of a language model runs.
     """
 
@@ -64,6 +66,7 @@ class Workload:
     skipped: int = 0
     optimizer_words: int = 3
     asked: float = 0.0
+    factors: Literal["both", "B", "A"] = "both"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +171,9 @@ def backward(work: Workload) -> Demand:
         if rank or (passes and _held(work, one)):
             inputs = _adapter_inputs(work, one)
             moved = WORD * rows * (4 * inputs + 6 * one.outputs + 4 * rank)
-            passed = 2.0 * _held(work, one) * (one.outputs + (inputs if passes else 0)) * rows
-            learned = 2.0 * rank * (inputs + one.outputs) * rows
+            through = one.outputs if passes or work.factors != "B" else 0  # B alone needs nothing from below
+            passed = 2.0 * _held(work, one) * (through + (inputs if passes else 0)) * rows
+            learned = 2.0 * rank * _trained(work, one.outputs, inputs) * rows
             total += Demand(passed + learned, moved, ADAPTER_OPERATIONS[1] * work.steps)
     trained = trained_numbers(work)
     total += _output(work)
@@ -206,9 +210,10 @@ def memory_parts(work: Workload) -> dict[str, int]:
     weights = WORD * (shape.parameters + shape.head_parameters)
     frozen = sum(work.frozen.get(one.name, 0) * (one.inputs + one.outputs) for one in shape.maps)
     trained = trained_numbers(work)
+    both = trained_numbers(replace(work, factors="both"))
     return {
         "base": weights if shape.weight_bytes is None else shape.weight_bytes,
-        "adapter": WORD * (trained + frozen),
+        "adapter": WORD * (both + frozen),
         "optimiser": WORD * trained * work.optimizer_words,
         "activations": int(kept_bytes(work)),
         "passing": int(_passing_bytes(work)),
@@ -217,7 +222,9 @@ def memory_parts(work: Workload) -> dict[str, int]:
 
 def trained_numbers(work: Workload) -> int:
     """Numbers that train: factors and head."""
-    factors = sum(work.ranks.get(one.name, 0) * (one.inputs + one.outputs) for one in work.shape.maps)
+    factors = sum(
+        work.ranks.get(one.name, 0) * _trained(work, one.outputs, one.inputs) for one in work.shape.maps
+    )
     return factors + work.shape.head_parameters
 
 
@@ -347,6 +354,11 @@ def _adapter_inputs(work: Workload, one: Map) -> int:
 
 def _held(work: Workload, one: Map) -> int:
     return work.ranks.get(one.name, 0) + work.frozen.get(one.name, 0)
+
+
+def _trained(work: Workload, of_b: int, of_a: int) -> int:
+    """Of so many numbers of B and of A, those that train."""
+    return (0 if work.factors == "A" else of_b) + (0 if work.factors == "B" else of_a)
 
 
 def _frozen_blocks(work: Workload) -> list[int]:

@@ -126,13 +126,16 @@ class _AddProducts(torch.autograd.Function):
         d_x, d_B, d_e, d_A = (torch.zeros_like(value) if needed else None for value, needed in wanted)
         for client, own in _rows(ctx.counts):
             above, through = d_out[own], held[own]
+            if d_B is not None:
+                scaled = through if e is None else through * e[client]
+                torch.mm(above.T, scaled * ctx.scale, out=d_B[client])
+            if d_x is None and d_e is None and d_A is None:
+                continue
             passed = torch.mm(above, B[client]).mul_(ctx.scale)
             if d_e is not None:
                 d_e[client] = (passed * through).sum(dim=0)
             if e is not None:
-                through, passed = through * e[client], passed.mul_(e[client])
-            if d_B is not None:
-                torch.mm(above.T, through * ctx.scale, out=d_B[client])
+                passed = passed.mul_(e[client])
             if d_A is not None:
                 torch.mm(passed.T, x[own], out=d_A[client])
             if d_x is not None:

@@ -87,12 +87,16 @@ def step(model):
 
 @pytest.mark.parametrize("targets", ["attention", "all-linear", ("output.dense",)])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("pools", [True, False])
-def test_flop_are_those_that_torch_counts(targets, depth, pools):
+@pytest.mark.parametrize(("pools", "factors"), [(True, "both"), (False, "both"), (True, "B"), (True, "A"), (False, "A")])
+def test_flop_are_those_that_torch_counts(targets, depth, pools, factors):
     model, adapter, work = tiny_workload(depth, targets, pools=pools)
+    work = replace(work, factors=factors)
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
-    with installed(model.network, [adapter]), sdpa_kernel(SDPBackend.MATH):
+    with installed(model.network, [adapter]) as layers, sdpa_kernel(SDPBackend.MATH):
+        for layer in layers.values():
+            layer.A.requires_grad_(factors != "B")
+            layer.B.requires_grad_(factors != "A")
         with FlopCounterMode(display=False) as ahead:
             loss = step(model)
         with FlopCounterMode(display=False) as back:
