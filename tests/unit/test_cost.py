@@ -87,7 +87,9 @@ def step(model):
 
 @pytest.mark.parametrize("targets", ["attention", "all-linear", ("output.dense",)])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize(("pools", "factors"), [(True, "both"), (False, "both"), (True, "B"), (True, "A"), (False, "A")])
+@pytest.mark.parametrize(
+    ("pools", "factors"), [(True, "both"), (False, "both"), (True, "B"), (True, "A"), (False, "A")]
+)
 def test_flop_are_those_that_torch_counts(targets, depth, pools, factors):
     model, adapter, work = tiny_workload(depth, targets, pools=pools)
     work = replace(work, factors=factors)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.lowrank import fold
-from polyrank.models.frozen import PackedMap, bf16_is_fast, fp32_pays, pack, pack_blocks
+from polyrank.models.frozen import PackedMap, bf16_is_fast, fp32_pays, pack, pack_blocks, rows_for
 from polyrank.session import ClientEnv, train
 from tests.builders import random_adapter
 from tests.conftest import tiny_model
@@ -99,3 +101,12 @@ def test_large_fp32_models_are_not_packed(monkeypatch):
     model = tiny_model()
     pack_blocks(model.network, model.blocks, dtype="fp32")
     assert not any(isinstance(m.forward, PackedMap) for m in model.network.modules())
+
+
+@given(st.integers(0, 5000))
+def test_few_numbers_of_rows_are_compiled(rows):
+    assert rows <= rows_for(rows) <= max(rows + 7, rows * 17 / 16)
+
+
+def test_a_doubling_has_sixteen_numbers_of_rows():
+    assert len({rows_for(rows) for rows in range(1025, 2049)}) == 16

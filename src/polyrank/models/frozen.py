@@ -10,6 +10,7 @@ weights stay as they are: only ``forward`` of the map is replaced.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -63,10 +64,23 @@ class _Multiply(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1]).to(packed.dtype)
-    y = torch.ops.mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
-    wide: Tensor = y.float().view(*x.shape[:-1], y.shape[-1])
-    return wide
+    flat = x.reshape(-1, x.shape[-1])
+    rows = len(flat)
+    if rows_for(rows) != rows or flat.dtype != packed.dtype:
+        given, flat = flat, flat.new_empty(rows_for(rows), flat.shape[1], dtype=packed.dtype)
+        flat[:rows], flat[rows:] = given, 0
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")[:rows]
+    return y.float().view(*x.shape[:-1], y.shape[-1])
+
+
+def rows_for(rows: int) -> int:
+    """A slightly larger number of rows, one of 16 in each doubling.
+
+    oneDNN compiles a product of its own for every number of rows, which takes 1 ms and 1 MB each, and packed
+    texts have another number in every step.
+    """
+    step = max(8, (1 << rows.bit_length()) // 32)
+    return math.ceil(rows / step) * step
 
 
 def bf16_is_fast() -> bool:
