@@ -5,7 +5,8 @@
 20 clients, 10 a round, 5 rounds of 10 local steps of batch 8 on MiniLM-L6, LoRA of rank 8 on query, key and
 value, plain SGD, fp32, one thread, one worker. Every run is a process of its own, the sides take turns, and
 ratios are taken pair by pair. Every side must end in the same adapter before a number is printed. Making the
-token ids is on nobody's account, nor is evaluation.
+token ids is on nobody's account, nor is evaluation. With --out, every finished pair is written beside that
+file as it ends, and pairs that are there already are not run again.
 
 This process imports no torch: a page that it shared with a side would count for half in that side's PSS.
 """
@@ -98,19 +99,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
     sides = list(present(SIDES))
-    runs = []
+    kept = None if given.out is None else given.out.with_suffix(".runs.jsonl")
+    runs = read_runs(kept)
     for name in given.variants:
         if VARIANTS[name].ag_news and given.data is None:
             tell(f"{name}: skipped, name the folder that holds ag_news/ with --data")
             continue
+        done = {run.pair for run in runs if run.variant == name}
         with tempfile.TemporaryDirectory() as folder:
             make_work(name, Path(folder), given.data)
-            for pair in range(given.pairs):
-                runs += run_pair(name, pair, sides, Path(folder))
+            for pair in set(range(given.pairs)) - done:
+                runs += keep(run_pair(name, pair, sides, Path(folder)), kept)
     print(table(runs))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results(runs), indent=2) + "\n")
+
+
+def read_runs(path: Path | None) -> list[Run]:
+    """The runs of earlier calls."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return [Run(**json.loads(line)) for line in lines]
+
+
+def keep(runs: Sequence[Run], path: Path | None) -> Sequence[Run]:
+    """Add the runs of one pair to a file, if there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(asdict(run)) + "\n" for run in runs)
+    return runs
 
 
 def present(sides: Mapping[str, tuple[str, Sequence[str]]]) -> Iterable[str]:

@@ -44,6 +44,14 @@ def test_rows_are_medians_and_count_all_steps():
     assert (theirs["cpu_s"], theirs["start_s"], theirs["difference"]) == (50, 9.0, 1e-5)
 
 
+def test_pairs_that_were_kept_are_read_again(tmp_path):
+    path = tmp_path / "new" / "peers.runs.jsonl"
+    assert peers.read_runs(path) == peers.read_runs(None) == []
+    assert peers.keep(OURS, path) == peers.keep(OURS, None) == OURS
+    peers.keep(THEIRS, path)
+    assert peers.read_runs(path) == [*OURS, *THEIRS]
+
+
 def test_the_json_and_the_table_say_the_same(tmp_path):
     path = tmp_path / "peers.json"
     path.write_text(json.dumps(results([*OURS, *THEIRS])))
