@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RANK = 12
-RATES = (1e-3, 3e-3, 8e-3, 2e-2)
+RATES = (1e-3, 3e-3, 8e-3, 2e-2, 5e-2)
 TUNED_ON = ("banking77", "dirichlet-0.1")
 Given = Mapping[str, Any]
 
