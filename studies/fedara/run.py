@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from studies.fedara.arms import FULL, RATES, SMALL, TUNED_ON, Given, Setting, arms, config, switches
+from studies.fedara.arms import FULL, SMALL, TUNED_ON, Given, Setting, arms, config, rates_of, switches
 from studies.fedara.tables import tables
 from studies.records import recorded
 
@@ -56,7 +56,7 @@ def tune(given: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[str
         (arm, rate): f"tuning/{arm}/{rate:g}"
         for arm in arms(setting.rounds)
         if arm != "fedara-2"
-        for rate in RATES
+        for rate in rates_of(arm)
     }
     cells = {
         name: config(source, data, partition, TUNING_SEED, arms(setting.rounds)[arm], rate, setting)
@@ -87,7 +87,8 @@ def planned(
                 for arm, one in chosen.items():
                     if arm in switches() and seed >= 3:
                         continue
-                    rate = best(rates.get(arm, rates["fedara-4"]))
+                    like = "fedit" if arm == "without-SVD-form" else "fedara-4"
+                    rate = best(rates.get(arm, rates[like]))
                     yield (
                         f"{name}/{partition}/{arm}/{seed}",
                         config(data / name, name, partition, seed, one, rate, setting),

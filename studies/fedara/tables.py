@@ -36,11 +36,14 @@ def tables(found: Mapping[str, Record], rates: Mapping[str, Mapping[float, float
 
 def rate_table(rates: Mapping[str, Mapping[float, float]]) -> list[str]:
     """Validation accuracy of every method at every rate; the chosen one is bold."""
-    grid = sorted(next(iter(rates.values())))
+    grid = sorted({rate for found in rates.values() for rate in found})
     lines = ["| method | " + " | ".join(f"{rate:g}" for rate in grid) + " |", "|---" * (len(grid) + 1) + "|"]
     for arm, found in rates.items():
-        top = max(grid, key=lambda rate: found[rate])
-        cells = [f"**{found[rate]:.3f}**" if rate == top else f"{found[rate]:.3f}" for rate in grid]
+        top = max(sorted(found), key=lambda rate: found[rate])
+        told = {
+            rate: f"**{reached:.3f}**" if rate == top else f"{reached:.3f}" for rate, reached in found.items()
+        }
+        cells = [told.get(rate, "") for rate in grid]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
