@@ -7,12 +7,15 @@ import json
 import multiprocessing
 import os
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 Cells = Mapping[str, Mapping[str, Any]]
+GIVEN = "cell.json"
+"""In the folder of a finished cell: the config as it was given."""
 
 
 def arguments(about: str) -> argparse.Namespace:
@@ -26,7 +29,7 @@ def arguments(about: str) -> argparse.Namespace:
 
 
 def run_cells(cells: Cells, out: Path, workers: int) -> dict[str, dict[str, Any]]:
-    """The summaries of all cells by name; a cell whose summary is there already is not run again."""
+    """The summaries of all cells by name; one that is there, of this config, is not run again."""
     for _ in finished(cells, out, workers):
         pass
     return {name: json.loads((out / name / "summary.json").read_text()) for name in cells}
@@ -35,7 +38,7 @@ def run_cells(cells: Cells, out: Path, workers: int) -> dict[str, dict[str, Any]
 def finished(cells: Cells, out: Path, workers: int) -> Iterator[str]:
     """The names of all cells: first of those that are done already, then of the others as they are."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    todo = [name for name in cells if not (out / name / "summary.json").exists()]
+    todo = [name for name, cell in cells.items() if not is_done(out / name, cell)]
     yield from (name for name in cells if name not in todo)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -45,15 +48,22 @@ def finished(cells: Cells, out: Path, workers: int) -> Iterator[str]:
             yield jobs[job]
 
 
+def is_done(folder: Path, cell: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a finished run of this very config."""
+    given = folder / GIVEN
+    return given.exists() and json.loads(given.read_text()) == json.loads(json.dumps(cell))
+
+
 def run_cell(name: str, given: dict[str, Any], folder: Path) -> str:
-    """Run one cell and say how it went; a folder left half-finished is put aside first."""
+    """Run one cell and say how it went; what its folder held before is put aside."""
     from polyrank import run
     from polyrank.config import make_config
     from polyrank.measures import told
 
     if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.unfinished-{os.getpid()}"))
+        folder.rename(folder.with_name(f"{folder.name}.before-{time.time_ns()}"))
     summary = run(make_config(given), folder).summary
+    (folder / GIVEN).write_text(json.dumps(given))
     return f"{name}: {told(summary)} in {summary['wall_s']:.0f} s"
 
 

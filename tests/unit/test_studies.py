@@ -9,6 +9,7 @@ import pytest
 
 from studies import records
 from studies.causal import run as causal
+from studies.cells import GIVEN, is_done
 from studies.fedara.arms import SMALL, arms, config
 from studies.fedara.tables import tables
 from studies.legend import run as legend
@@ -33,6 +34,15 @@ def test_a_record_tells_bytes_and_when_a_target_was_reached(tmp_path):
     assert found.megabytes == pytest.approx(10e-6)
     assert found.spent_to(0.5) == pytest.approx((10e-6, 4.0, 0.0))
     assert found.spent_to(0.51) is None
+
+
+def test_a_folder_of_another_config_is_not_that_cell(tmp_path):
+    cell(tmp_path / "one")
+    assert not is_done(tmp_path / "one", {"seed": 1})  # nobody knows what it is of
+    (tmp_path / "one" / GIVEN).write_text(json.dumps({"seed": 1, "tiers": [1, 2]}))
+    assert is_done(tmp_path / "one", {"seed": 1, "tiers": (1, 2)})
+    assert not is_done(tmp_path / "one", {"seed": 2, "tiers": (1, 2)})
+    assert not is_done(tmp_path / "two", {"seed": 1})
 
 
 def test_recorded_cells_are_run_again_only_when_their_config_changes(tmp_path, monkeypatch):
