@@ -112,7 +112,7 @@ class _AddProducts(torch.autograd.Function):
     ) -> Tensor:
         ctx.counts, ctx.scale = how
         held, out = x.new_empty(len(x), A.shape[1]), torch.empty_like(y)
-        for client, own in _rows(ctx.counts):
+        for client, own in client_rows(ctx.counts):
             torch.mm(x[own], A[client].T, out=held[own])
             scaled = held[own] if e is None else held[own] * e[client]
             torch.addmm(y[own], scaled, B[client].T, alpha=ctx.scale, out=out[own])
@@ -124,7 +124,7 @@ class _AddProducts(torch.autograd.Function):
         x, B, e, A, held = ctx.saved_tensors
         wanted = zip((x, B, e, A), ctx.needs_input_grad[1:5], strict=True)
         d_x, d_B, d_e, d_A = (torch.zeros_like(value) if needed else None for value, needed in wanted)
-        for client, own in _rows(ctx.counts):
+        for client, own in client_rows(ctx.counts):
             above, through = d_out[own], held[own]
             if d_B is not None:
                 scaled = through if e is None else through * e[client]
@@ -143,7 +143,7 @@ class _AddProducts(torch.autograd.Function):
         return d_out, d_x, d_B, d_e, d_A, None
 
 
-def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def client_rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """The rows of every client that has any."""
     first = 0
     for client, count in enumerate(counts):

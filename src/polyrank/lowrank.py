@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.adapter import Adapter, Factors, delta_weight
-from polyrank.fused import Shares, add_padded, add_products, stack_factors
+from polyrank.fused import Shares, add_padded, add_products, client_rows, stack_factors
 from polyrank.models.absorbed import Update
 from polyrank.models.frozen import pack_again
 
@@ -77,11 +76,11 @@ class LowRankLinear(nn.Module):
         for parts in (dict(self.named_parameters(recurse=False)), self.frozen):
             if "A" not in parts:
                 continue
-            counts = self.shares.of(rows, len(parts["A"]))
-            ends = itertools.accumulate(counts)
-            own = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
-            e = parts.get("e", [None] * len(own))
-            yield [(*each, self.scale) for each in zip(own, parts["B"], e, parts["A"], strict=True)]
+            B, e, A = parts["B"], parts.get("e"), parts["A"]
+            yield [
+                (own, B[client], None if e is None else e[client], A[client], self.scale)
+                for client, own in client_rows(self.shares.of(rows, len(A)))
+            ]
 
     def factors(self, client: int = 0) -> Factors:
         """The factors of one client (views)."""

@@ -37,7 +37,7 @@ class Unmade:
 
 def can_absorb(module: nn.Module) -> bool:
     """Whether a map is a plain product, with or without low-rank updates, and drops nothing."""
-    plain = getattr(module, "base", module)
+    plain = _plain(module)
     return isinstance(plain, nn.Linear) and plain.weight.dtype.is_floating_point and not _drops(module)
 
 
