@@ -9,7 +9,7 @@ import torch
 
 from polyrank.errors import InputError
 from polyrank.ledger import versions
-from polyrank.models.frozen import bf16_is_fast, fp32_pays
+from polyrank.models.frozen import DTYPES, bf16_is_there, packed_dtype
 from polyrank.models.load import PACKAGED, load_base, packaged_model, pick_device
 from polyrank.models.prefix import why_not_skip
 
@@ -36,7 +36,7 @@ def examine(name: str | None = None) -> dict[str, Any]:
         "device auto": str(pick_device("auto")),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no",
         "mps": torch.backends.mps.is_available(),
-        "bf16 on cpu": bf16_is_fast(),
+        "bf16 on cpu": bf16_is_there(),
         f"model {PACKAGED}": model,
         **({} if name is None else paths(name)),
     }
@@ -47,12 +47,13 @@ def paths(name: str) -> dict[str, str]:
     model = load_base(name, ["no", "yes"], 0, pick_device("auto"))
     no_prefix = why_not_skip(model)
     on_cpu = model.device.type == "cpu"
-    frozen = "packed once in float32" if on_cpu and fp32_pays() else "the default library"
+    ways = {None: "the default library", "fp32": "packed once in float32", "bf16": "packed once in bf16"}
+    frozen = {dtype: ways[packed_dtype(dtype) if on_cpu else None] for dtype in DTYPES}
     pooled = f"{model.pools} token{', without keys and values of the others' if model.absorbs else ''}"
     return {
         "paths of": model.source,
         "packed": "yes" if model.packs else f"no: {model.reasons['packing']}",
         "pooled": pooled if model.pools else f"no: {model.reasons['pooling']}",
         "prefix": f"no: {no_prefix}" if no_prefix else "yes",
-        "frozen maps": f"{frozen}; bf16 is there" if on_cpu and bf16_is_fast() else frozen,
+        "frozen maps": "; ".join(f"base_dtype = '{dtype}': {way}" for dtype, way in frozen.items()),
     }

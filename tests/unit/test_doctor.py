@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from polyrank.doctor import examine
 from polyrank.errors import InputError
-from polyrank.models.frozen import bf16_is_fast
+from polyrank.models.frozen import packed_dtype
 from polyrank.models.load import packaged_model
 from tests.conftest import tiny_network
 
@@ -28,7 +28,7 @@ def test_the_paths_of_a_model_in_a_folder(family, packed, pooled, prefix, tmp_pa
     assert (found["paths of"], found["packed"], found["prefix"]) == (str(tmp_path), packed, prefix)
     assert found["pooled"].startswith(pooled)
     if found["device auto"] == "cpu":
-        assert found["frozen maps"].endswith("bf16 is there") == bf16_is_fast()
+        assert found["frozen maps"].endswith("packed once in bf16") == (packed_dtype("bf16") == "bf16")
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):

@@ -10,13 +10,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polyrank.lowrank import fold
-from polyrank.models.frozen import PackedMap, bf16_is_fast, fp32_pays, pack, pack_blocks, rows_for
+from polyrank.models import frozen
+from polyrank.models.frozen import PackedMap, bf16_is_there, pack, pack_blocks, packed_dtype, rows_for
 from polyrank.session import ClientEnv, train
 from tests.builders import random_adapter
 from tests.conftest import tiny_model
 from tests.unit.test_client import task_for, tokens
 
-needs_bf16 = pytest.mark.skipif(not bf16_is_fast(), reason="this CPU has no bf16 units")
+needs_bf16 = pytest.mark.skipif(not bf16_is_there(), reason="this CPU has no bf16 units")
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=needs_bf16), "fp32"])
@@ -66,37 +67,48 @@ def test_training_on_the_packed_path_ends_close_by(family, dtype):
         assert away < {"bf16": 0.1, "fp32": 1e-4}[dtype]
 
 
-def test_the_choice_is_made_once_per_machine(tmp_path, monkeypatch):
-    from polyrank.models import frozen
-
+@pytest.mark.parametrize(
+    ("gains", "fp32", "bf16"),
+    [
+        ({"fp32": 1.5, "bf16": 2.5}, "fp32", "bf16"),
+        ({"fp32": 1.0, "bf16": 2.0}, None, "bf16"),
+        ({"fp32": 1.5, "bf16": 1.2}, "fp32", "fp32"),  # units for bf16 that are slower than float32
+        ({"fp32": 1.0, "bf16": 0.5}, None, None),
+        ({"fp32": 1.5, "bf16": 0.0}, "fp32", "fp32"),
+    ],
+)
+def test_the_fastest_way_is_taken(gains, fp32, bf16, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    gains = iter([1.5, 0.5])
-    monkeypatch.setattr(frozen, "_gain", lambda: next(gains))
-    assert fp32_pays()
-    assert fp32_pays()  # remembered, not timed again
+    monkeypatch.setattr(frozen, "_gains", lambda: gains)
+    assert (packed_dtype("fp32"), packed_dtype("bf16")) == (fp32, bf16)
+
+
+def test_the_choice_is_made_once_per_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gains = iter([{"fp32": 1.5, "bf16": 2.0}, {"fp32": 0.5, "bf16": 2.0}])
+    monkeypatch.setattr(frozen, "_gains", lambda: next(gains))
+    assert packed_dtype("fp32") == "fp32"
+    assert packed_dtype("fp32") == "fp32"  # remembered, not timed again
     (remembered,) = (tmp_path / "polyrank").iterdir()
     remembered.write_text("torn")
-    assert not fp32_pays()
+    assert packed_dtype("fp32") is None
 
 
-def test_where_nothing_can_be_remembered_the_default_stays(tmp_path, monkeypatch):
-    from polyrank.models import frozen
-
+def test_where_nothing_can_be_remembered_nothing_is_timed_into_the_bits(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(frozen, "_gain", lambda: 2.0)
-    assert not fp32_pays()
+    monkeypatch.setattr(frozen, "_gains", lambda: {"fp32": 2.0, "bf16": 0.5})
+    assert packed_dtype("fp32") is None
+    assert packed_dtype("bf16") == ("bf16" if bf16_is_there() else None)
 
 
-def test_the_measured_gain_is_a_ratio_of_times():
-    from polyrank.models.frozen import _gain
-
-    assert 0.2 < _gain() < 5
+def test_the_measured_gains_are_ratios_of_times():
+    gains = frozen._gains()
+    assert 0.2 < gains["fp32"] < 5
+    assert bf16_is_there() == (0.1 < gains["bf16"] < 10)
 
 
 def test_large_fp32_models_are_not_packed(monkeypatch):
-    from polyrank.models import frozen
-
     monkeypatch.setattr(frozen, "_MOST_BYTES", 1_000)
     model = tiny_model()
     pack_blocks(model.network, model.blocks, dtype="fp32")

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from polyrank.models.targets import linear_shape
 
 Dtype = Literal["fp32", "bf16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ROWS = 512  # the number of rows that the packing is tuned for; any other works
 _MOST_BYTES = 2**30  # packing triples a weight's memory: past this, float32 weights stay as they are
 _PAYS = 1.05
@@ -41,9 +41,9 @@ class PackedMap:
         assert isinstance(weight, Tensor)
         rows = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
         pack = torch.ops.mkldnn._reorder_linear_weight
-        self.forward = pack(rows.to(_DTYPES[dtype]).contiguous(), _ROWS)
-        self.backward = pack(rows.T.to(_DTYPES[dtype]).contiguous(), _ROWS)
-        self.bias = bias.detach().to(_DTYPES[dtype]) if isinstance(bias, Tensor) else None
+        self.forward = pack(rows.to(DTYPES[dtype]).contiguous(), _ROWS)
+        self.backward = pack(rows.T.to(DTYPES[dtype]).contiguous(), _ROWS)
+        self.bias = bias.detach().to(DTYPES[dtype]) if isinstance(bias, Tensor) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = _Multiply.apply(x, self)  # type: ignore[no-untyped-call]
@@ -83,51 +83,67 @@ def rows_for(rows: int) -> int:
     return math.ceil(rows / step) * step
 
 
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bf16 in hardware."""
+def bf16_is_there() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; not whether that is faster than float32."""
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(there and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def fp32_pays() -> bool:
-    """Whether float32 products are faster packed on this machine.
+def packed_dtype(base_dtype: Dtype) -> Dtype | None:
+    """What frozen maps are packed in on this machine; None: they stay with the default library.
 
-    Timed once and remembered in the user's cache folder: a choice that fell anew in every run could change
-    the last bits of its result. Where nothing can be remembered, the default library is used.
+    bf16 where it is asked for and no slower than float32: a processor may have units for it that are. Timed
+    once and remembered in the user's cache folder: a choice that fell anew in every run could change the last
+    bits of its result. Where nothing can be remembered, float32 is left to the default library and bf16 to
+    the units for it.
     """
+    gains = _remembered_gains()
+    if gains is None:
+        return "bf16" if base_dtype == "bf16" and bf16_is_there() else None
+    if base_dtype == "bf16" and gains["bf16"] > _PAYS * max(1.0, gains["fp32"]):
+        return "bf16"
+    return "fp32" if gains["fp32"] > _PAYS else None
+
+
+def _remembered_gains() -> dict[Dtype, float] | None:
+    """What packing gains on this machine by dtype: read, or timed and written; None where it cannot be."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
+        return None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "polyrank" / f"packed-fp32-{platform.node()}-{torch.__version__}.json"
+    path = cache / "polyrank" / f"packed-{platform.node()}-{torch.__version__}.json"
     try:
-        return bool(json.loads(path.read_text())["pays"])
-    except (OSError, ValueError, KeyError):
-        gain = _gain()
+        found = json.loads(path.read_text())
+        return {"fp32": float(found["fp32"]), "bf16": float(found["bf16"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        gains = _gains()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"pays": gain > _PAYS, "gain": round(gain, 3)}))
+        path.write_text(json.dumps(gains))
     except OSError:
-        return False
-    return gain > _PAYS
+        return None
+    return gains
 
 
-def _gain() -> float:
-    """Time of a default product over that of a packed one, least of several turns each."""
+def _gains() -> dict[Dtype, float]:
+    """Time of a default product over that of a packed one, least of several turns each; 0: not there."""
     module, x = nn.Linear(384, 1536).requires_grad_(False), torch.randn(_ROWS, 384)
-    packed = PackedMap(module, "fp32")
+    dtypes: list[Dtype] = ["fp32", "bf16"] if bf16_is_there() else ["fp32"]
+    packed = {dtype: PackedMap(module, dtype) for dtype in dtypes}
 
-    def default() -> Tensor:
+    def default(x: Tensor) -> Tensor:
         return F.linear(x, module.weight, module.bias)
 
-    def least(work: Callable[[], Tensor]) -> float:
+    def turn(work: Callable[[Tensor], Tensor]) -> float:
         start = time.process_time_ns()
         for _ in range(3):
-            work()
+            work(x)
         return time.process_time_ns() - start
 
     with torch.inference_mode():
-        turns = [(least(default), least(lambda: packed(x))) for _ in range(8)]
-    return min(turn[0] for turn in turns[1:]) / min(turn[1] for turn in turns[1:])
+        turns = [(turn(default), {dtype: turn(packed[dtype]) for dtype in dtypes}) for _ in range(9)][1:]
+    plain = min(first for first, _ in turns)
+    gains = {dtype: plain / min(others[dtype] for _, others in turns) for dtype in dtypes}
+    return {"fp32": gains["fp32"], "bf16": gains.get("bf16", 0.0)}
 
 
 def pack_blocks(

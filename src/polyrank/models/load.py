@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from polyrank.adapter import Head
 from polyrank.errors import InputError, first_line
-from polyrank.models.frozen import bf16_is_fast, fp32_pays, pack_blocks
+from polyrank.models.frozen import pack_blocks, packed_dtype
 from polyrank.models.packing import Read, make_ready, packed_logits, plain_logits
 from polyrank.models.targets import block_names
 from polyrank.seed import seed_for
@@ -113,7 +113,7 @@ def load_base(
     bit for bit.
 
     Args:
-        base_dtype: ``bf16`` multiplies by the frozen weights in bf16 where the CPU has units for it.
+        base_dtype: ``bf16`` multiplies by the frozen weights in bf16 where that is faster on this CPU.
 
     Raises:
         InputError: nothing can be loaded under that name.
@@ -137,8 +137,9 @@ def load_base(
     new = set(info["missing_keys"]) | {str(key[0]) for key in info["mismatched_keys"]}
     digest = weights_digest(network)
     model = replace(prepare(network, tokenizer, source, new, device), digest=digest)
-    if device.type == "cpu" and (bf16_is_fast() if base_dtype == "bf16" else fp32_pays()):
-        pack_blocks(model.network, model.blocks, model.head_modules, base_dtype)
+    packed = packed_dtype(base_dtype) if device.type == "cpu" else None
+    if packed:
+        pack_blocks(model.network, model.blocks, model.head_modules, packed)
     return model
 
 

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from polyrank.data.tokens import Tokens
 from polyrank.durable import disk_errors
+from polyrank.models.frozen import DTYPES
 from polyrank.models.layout import layout_of
 from polyrank.models.load import BaseModel, logits_of
 from polyrank.models.packing import difference, told
 
 _BATCH = 32
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ class PrefixCache:
             os.utime(path)
             self._tell("hit")
             return rows
-        self._make_room(shape[0] * shape[1] * _DTYPES[self.dtype].itemsize)
+        self._make_room(shape[0] * shape[1] * DTYPES[self.dtype].itemsize)
         unfinished, numbers = path.with_suffix(f".{os.getpid()}"), shape[0] * shape[1]
-        _reserve(unfinished, numbers * _DTYPES[self.dtype].itemsize)
-        target = torch.from_file(str(unfinished), True, numbers, dtype=_DTYPES[self.dtype]).view(shape)
+        _reserve(unfinished, numbers * DTYPES[self.dtype].itemsize)
+        target = torch.from_file(str(unfinished), True, numbers, dtype=DTYPES[self.dtype]).view(shape)
         compute_prefix(model, data, depth, target)
         unfinished.rename(path)
         self._tell("fill")
@@ -72,9 +72,9 @@ class PrefixCache:
         return {"hits": counts["hit"], "fills": counts["fill"], "evictions": counts["evict"], "bytes": kept}
 
     def _map(self, path: Path, shape: tuple[int, int]) -> Tensor:
-        if path.stat().st_size != shape[0] * shape[1] * _DTYPES[self.dtype].itemsize:
+        if path.stat().st_size != shape[0] * shape[1] * DTYPES[self.dtype].itemsize:
             raise FileNotFoundError(path)
-        return torch.from_file(str(path), False, shape[0] * shape[1], dtype=_DTYPES[self.dtype]).view(shape)
+        return torch.from_file(str(path), False, shape[0] * shape[1], dtype=DTYPES[self.dtype]).view(shape)
 
     def _make_room(self, num_bytes: int) -> None:
         files = sorted(self._files())
@@ -136,7 +136,7 @@ def usable_depth(model: BaseModel, modules: Iterable[str], data: Tokens, cache: 
     if cache is None or not model.skips:
         return 0
     depth = lowest_block(model.blocks, [*modules, *model.head_modules])
-    size = int(data.starts[-1]) * int(model.network.config.hidden_size) * _DTYPES[cache.dtype].itemsize
+    size = int(data.starts[-1]) * int(model.network.config.hidden_size) * DTYPES[cache.dtype].itemsize
     return depth if size <= cache.budget_bytes else 0
 
 

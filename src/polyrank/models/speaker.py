@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from polyrank.errors import InputError
-from polyrank.models.frozen import fp32_pays, pack_blocks
+from polyrank.models.frozen import pack_blocks, packed_dtype
 from polyrank.models.load import BaseModel, Dtype, prepare, reading, weights_digest
 from polyrank.models.targets import block_names, linear_shape
 
@@ -47,7 +47,7 @@ def load_speaker(
         blocks = block_names(getattr(network, network.base_model_prefix), network.base_model_prefix)
         round_to_int8([network.get_submodule(block) for block in blocks])
     model = replace(prepare(network, tokenizer, name, set(), device, "causal_lm"), digest=digest)
-    if device.type == "cpu" and dtype == torch.float32 and bits is None and fp32_pays():
+    if device.type == "cpu" and dtype == torch.float32 and bits is None and packed_dtype("fp32"):
         pack_blocks(model.network, model.blocks, (), "fp32")
     return model
 
