@@ -214,7 +214,7 @@ def open_reply(data: bytes, max_header: int = MAX_REPLY_HEADER) -> tuple[dict[st
         raise WireError(f"not a polyrank message: {error}") from error
     for name, shape in shapes.items():
         _is_row(name, shape, len(body))
-    return _decode(data)
+    return _parsed(body)
 
 
 def _is_row(name: str, shape: object, most: int) -> None:
@@ -374,7 +374,10 @@ def _unsealed(data: bytes) -> bytes:
 
 
 def _decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    body = _unsealed(data)
+    return _parsed(_unsealed(data))
+
+
+def _parsed(body: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         size = int.from_bytes(body[:8], "little")
         meaning = json.loads(json.loads(body[8 : 8 + size])["__metadata__"][_METADATA])
