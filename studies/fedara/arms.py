@@ -104,7 +104,7 @@ def config(
         **arm,
         "seed": seed,
         "rounds": setting.rounds,
-        "engine": {"workers": 1, "fuse": 10},
+        "engine": {"workers": 1},
         "model": {"base_dtype": "bf16", "max_length": setting.max_length},
         "data": {"source": str(source), "max_test": 500},
         "partition": shared,
