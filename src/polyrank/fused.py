@@ -122,8 +122,12 @@ class _AddProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, B, e, A, held = ctx.saved_tensors
-        wanted = zip((x, B, e, A), ctx.needs_input_grad[1:5], strict=True)
-        d_x, d_B, d_e, d_A = (torch.zeros_like(value) if needed else None for value, needed in wanted)
+        need_x, *needs = ctx.needs_input_grad[1:5]
+        d_x = torch.empty_like(x) if need_x else None  # every row is somebody's
+        d_B, d_e, d_A = (
+            torch.zeros_like(value) if needed else None
+            for value, needed in zip((B, e, A), needs, strict=True)
+        )
         for client, own in client_rows(ctx.counts):
             above, through = d_out[own], held[own]
             if d_B is not None:
