@@ -89,7 +89,7 @@ def predict(
 def reasons(fed: Federation, state: ServerState) -> dict[ClientId, str]:
     """Why each client gets what it gets."""
     if not isinstance(fed.allocation, Legend):
-        return dict.fromkeys(state.clients, _WHY[fed.allocation.kind])
+        return dict.fromkeys(state.clients, _WHY.get(fed.allocation.kind, fed.allocation.kind))
     choice = fed.allocation.choose(state)
     told = [_BOUND[bound].format(choice.deadline_s) for bound in choice.bound]
     return dict(zip(state.clients, told, strict=True))
