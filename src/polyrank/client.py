@@ -13,6 +13,7 @@ from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
 from polyrank.messages import ClientScores, EvaluateTask, Folds, TrainTask
 from polyrank.models.load import BaseModel
+from polyrank.models.prefix import trains_below
 from polyrank.session import ClientEnv, ClientError, session_depth, train_together
 from polyrank.wire import WireError, decode_task, encode_scores, encode_update
 
@@ -66,7 +67,7 @@ def answer_together(
 def _group(place: int, task: TrainTask, env: ClientEnv) -> Hashable:
     """Tasks of one group may train in one pass; one that draws its own random numbers stays alone."""
     training, inside = task.training, tuple(f"{block}." for block in env.model.blocks)
-    trains_inside = any(name.startswith(inside) for name in env.model.head_modules)
+    trains_inside = any(n.startswith(inside) for n in env.model.head_modules) or trains_below(env.model)
     if training.adapter_dropout > 0 or training.base_dropout or trains_inside:
         return place
     # each client votes for a number of its own

@@ -41,7 +41,7 @@ class Failures(Schema):
 
     def needed(self, cohort: int) -> int:
         """Updates that a round of so many clients needs."""
-        return max(1, math.ceil(self.quorum * cohort))
+        return max(1, math.ceil(self.quorum * cohort - 1e-9))
 
 
 @dataclass(frozen=True, slots=True)

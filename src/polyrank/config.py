@@ -167,6 +167,8 @@ class Config(Schema):
         rank = self.allocation.max_rank
         if rank is not None and rank > self.adapter.rank:
             key = {"tiers": "tiers", "loss_based": "high_rank"}.get(self.allocation.kind, "rank")
+            if isinstance(self.allocation, LossBased) and self.allocation.low_rank == rank:
+                key = "low_rank"
             raise InputError(f"allocation.{key}", rank, f"at most adapter.rank, {self.adapter.rank}")
         moving = isinstance(self.aggregation, PRODUCT_SPACE) or (
             isinstance(self.aggregation, Anchored) and self.aggregation.space == "product"
@@ -198,8 +200,7 @@ class Config(Schema):
             allowed = "needs a [privacy] table; a cohort may be empty, and nothing else knows what to do then"
             raise InputError("sampling.kind", "poisson", allowed)
         self._model_fits()
-        if self.adapter.targets == ():
-            raise InputError("adapter.targets", [], "name at least one linear map")
+        self._adapter_fits()
         if self.training.prune_penalty > 0 and self.training.prune_keep is None:
             raise InputError("training.prune_penalty", self.training.prune_penalty, "needs prune_keep")
         return self
@@ -213,6 +214,24 @@ class Config(Schema):
         if moving or isinstance(self.aggregation, Stacking):
             allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.sparse_rounds", rounds, allowed)
+
+    def _adapter_fits(self) -> None:
+        """Refuse an adapter of nothing, and slots that took over weights which somebody would then lack."""
+        policy = self.allocation
+        if self.adapter.targets == ():
+            raise InputError("adapter.targets", [], "name at least one linear map")
+        if self.training.orthogonality > 0 and self.adapter.form != "svd":
+            allowed = "needs adapter.form = 'svd', whose slots have a size apart from their directions"
+            raise InputError("training.orthogonality", self.training.orthogonality, allowed)
+        if self.adapter.start != "weights":
+            return
+        if self.voting is not None or isinstance(self.aggregation, Stacking):
+            allowed = "must be 'zero' under [voting] and 'stacking': a slot would take weights with it"
+            raise InputError("adapter.start", "weights", allowed)
+        whole = isinstance(policy, Uniform) and policy.rank is None and policy.depth is None
+        if self.adapter.untrained == "absent" and not whole:
+            allowed = "must be 'zero' where clients hold a part of the slots, or adapter.untrained 'frozen'"
+            raise InputError("adapter.start", "weights", allowed)
 
     def _model_fits(self) -> None:
         """Refuse what would add to weights of few bits."""
@@ -260,10 +279,10 @@ class Config(Schema):
         if self.voting is not None and self.voting.kind == "adalora" and self.adapter.form != "svd":
             allowed = "must be 'svd' for voting.kind = 'adalora', which masks e"
             raise InputError("adapter.form", self.adapter.form, allowed)
-        if self.training.factors != "both" or self.training.prune_keep is not None:
-            raise InputError(
-                "voting", self.voting.kind if self.voting else "", "needs all factors to train, unpruned"
-            )
+        for key, plain in (("factors", "both"), ("prune_keep", None), ("sparse_rounds", 0)):
+            if (value := getattr(self.training, key)) != plain:
+                allowed = f"must be {plain!r} under [voting]: a slot keeps its place, and all of it trains"
+                raise InputError(f"training.{key}", value, allowed)
         if moving or isinstance(self.aggregation, Stacking):
             allowed = "must keep slots apart for voting, e.g. 'fedavg' or 'replication_padding'"
             raise InputError("aggregation.kind", self.aggregation.kind, allowed)

@@ -129,6 +129,8 @@ def conduct(
         yield finish(experiment, folder, state, rows, started - manifest["wall_s"])
     finally:
         experiment.federation.engine.close()
+        if experiment.prefix is not None:
+            experiment.prefix.drop()
         folder.release()
 
 

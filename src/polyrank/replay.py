@@ -59,11 +59,11 @@ def _priced(fed: Federation, state: ServerState, folder: RunFolder) -> Iterator[
         priced = []
         for row in rows:
             client, mask = row["client"], masks[row["client"]]
-            if num_slots(mask) != row["slots"]:
-                allowed = f"cannot be replayed: {client} held {row['slots']} slots in round {round_}"
-                raise InputError("RUN", str(folder.path), allowed)
             known = records[client]
             task = make_task(fed, now, mask, client)
+            if num_slots(task.mask) != row["slots"]:
+                allowed = f"cannot be replayed: {client} held {row['slots']} slots in round {round_}"
+                raise InputError("RUN", str(folder.path), allowed)
             priced.append(clock.price(task, known, row["bytes_down"], row["bytes_up"]))
             records[client] = replace(known, stored=priced[-1].stored or known.stored)
         end = clock.end_of(priced)

@@ -170,6 +170,7 @@ def federated_round(
         try:
             if fed.voting is not None and not everybody:  # votes may have left a client nothing to train
                 first_wave = cohort = with_work(cohort, spares, works)
+                spares = [client for client in spares if works(client)]
             if fed.private:  # a cohort is who was drawn: to replace one that failed would tell of the data
                 replies = collect(fed.engine, cohort, received)
             else:
@@ -296,10 +297,8 @@ def advance(
         clients[reply.client] = known = replace(_observed(fed, known, reply), folds=len(state.folds))
         if reply.error is not None:
             continue  # late: what it learned is lost
-        kept = max((int(held.sum()) for held in reply.learned.mask.values()), default=0)
-        pruned = num_slots(reply.learned.mask) < reply.slots
         loss = _score(fed, state, received, reply, known.loss)
-        limit = kept if pruned else known.rank_limit
+        limit = _rank_limit(fed, received, reply, known.rank_limit)
         clients[reply.client] = replace(known, rank_limit=limit, loss=loss)
     folds = [*state.folds, merged.fold] if merged.fold is not None else state.folds
     active, shares = _vote(fed, state, merged.adapter, replies)
@@ -340,6 +339,15 @@ def _vote(
     now = vote_shares(state.active, [one.mask for one in learned], votes, weights)
     shares = last_known(now, state.shares)
     return fed.voting.arbitrate(bank, state.active, shares, state.round, fed.rounds), shares
+
+
+def _rank_limit(fed: Federation, received: Received, reply: Reply, known: int | None) -> int | None:
+    """The most slots of a module that a client keeps, once it has pruned some of those it trained."""
+    if fed.training.prune_keep is None or reply.learned is None:
+        return known
+    if num_slots(reply.learned.mask) == num_slots(received.task(reply.client).trained):
+        return known
+    return max((int(held.sum()) for held in reply.learned.mask.values()), default=0)
 
 
 def _score(

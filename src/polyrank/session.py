@@ -259,7 +259,7 @@ def _update(task: TrainTask, env: ClientEnv, start: Adapter, end: End) -> Client
 
 def _penalty(layers: Mapping[str, LowRankLinear], training: Training) -> Tensor | float:
     """What the settings add to the loss of each client, summed over the clients."""
-    if training.prune_penalty == 0 and training.orthogonality == 0:
+    if not layers or training.prune_penalty == training.orthogonality == 0:
         return 0.0
     total: Tensor | float = 0.0
     for client in range(len(next(iter(layers.values())).ranks)):
@@ -284,11 +284,11 @@ def _tail_norm(adapter: Adapter, training: Training) -> Tensor:
     Source: HetLoRA (Cho et al., arXiv 2401.06432), its regulariser and its criterion.
     """
     assert training.prune_keep is not None
-    norms = [torch.zeros(())]
+    norms = []
     for factors in adapter.modules.values():
         tail = ~_head_slots(factors.rank, training.prune_keep)
         norms.append(factors.B[:, tail].norm() * factors.A[tail].norm())
-    return torch.stack(norms).sum()
+    return torch.stack(norms).sum() if norms else torch.zeros(())
 
 
 def _head_slots(rank: int, keep: float) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +182,7 @@ class Site:
     def leave(self) -> None:
         """Free the room on disk that the site has taken."""
         if self.env is not None and self.env.prefix is not None:
-            shutil.rmtree(self.env.prefix.folder, ignore_errors=True)
+            self.env.prefix.drop()
 
     def _environment(self, name: ClientId, terms: Terms) -> ClientEnv:
         texts = read_texts(self.table.data, terms)  # a defect is told before a model is loaded

@@ -76,6 +76,15 @@ def test_a_finished_run_is_priced_as_it_was(tiny_settings, tmp_path):
         assert title in page
 
 
+def test_a_run_with_frozen_slots_is_priced_as_it_was(tiny_settings, tmp_path):
+    given = [*settings(tiny_settings, "anchored", rounds=2), "adapter.rank=8"]
+    result = polyrank.run(load_config(None, given), tmp_path / "run")
+    rows = RunFolder(result.path).read_rows("clients.jsonl")
+    assert [row["simulated"] for row in replay(result.path, FleetTable(name="edge3"))] == [
+        row["simulated"] for row in rows
+    ]
+
+
 def test_the_combination_runs_and_its_plan_is_told(tiny_settings, tmp_path):
     config = load_config(None, settings(tiny_settings, "legend+fedara", rounds=2))
     plan = make_plan(config)

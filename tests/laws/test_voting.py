@@ -22,6 +22,8 @@ from polyrank.adapter import (
 from polyrank.aggregation import Anchored, LayerWise, ReplicationPadding
 from polyrank.allocation import Legend, Uniform
 from polyrank.assemble import prepare
+from polyrank.collect import Failures
+from polyrank.engine.dropout import Dropout
 from polyrank.errors import RunError
 from polyrank.gate import decode_update
 from polyrank.importance import Scores, highest
@@ -225,12 +227,19 @@ def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
         _, record = federated_round(fed, state)
         assert {reply.client for reply in record.replies} == set(list(clients)[:deep])
         assert all(reply.error is None for reply in record.replies)
+        lost = dataclasses.replace(fed, engine=Dropout(fed.engine, 1.0, 0), failures=Failures(retries=2))
+        with pytest.raises(RunError, match="gave a usable update") as caught:
+            federated_round(lost, state)
+        assert "nothing to train" not in str(caught.value)  # others are not asked in their place
     finally:
         fed.engine.close()
 
 
-def test_a_classifier_whose_slots_were_all_voted_out_trains_its_head_and_has_no_votes_left():
+@pytest.mark.parametrize("orthogonality", [0.0, 0.1])
+def test_a_classifier_whose_slots_were_all_voted_out_trains_its_head_and_has_no_votes_left(orthogonality):
     fed, state = unequal("top", 1)
+    training = fed.training.model_copy(update={"orthogonality": orthogonality})
+    fed = dataclasses.replace(fed, training=training)
     blocks = block_numbers(state.active)
     active = {name: held & (blocks[name] == 0) for name, held in state.active.items()}
     shares = {name: torch.ones(held.numel(), dtype=torch.float64) for name, held in active.items()}

@@ -35,6 +35,7 @@ def told(record):
 def test_the_number_of_updates_a_round_needs():
     assert [Failures(quorum=0.5).needed(n) for n in (1, 2, 3, 10)] == [1, 1, 2, 5]
     assert [Failures(quorum=q).needed(10) for q in (0, 0.01, 0.3, 1)] == [1, 1, 3, 10]
+    assert Failures(quorum=0.55).needed(100) == 55  # though 0.55 * 100 is a little more
 
 
 def test_above_the_quorum_nobody_is_asked_again():

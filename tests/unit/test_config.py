@@ -68,6 +68,11 @@ def test_every_recipe_gives_a_config():
             "training.sparse_rounds = 2: needs adapter.form = 'lora', .* training.factors = 'both'",
         ),
         ("allocation={kind='loss_based', high_rank=8}", "aggregation.kind = 'fedavg': needs equal ranks"),
+        (
+            "allocation={kind='loss_based', low_rank=9, high_rank=4}",
+            "allocation.low_rank = 9: at most adapter.rank, 8",
+        ),
+        ("training.orthogonality=0.1", "training.orthogonality = 0.1: needs adapter.form = 'svd'"),
         ("rounds", "--set = 'rounds': must look like key=value"),
         ("data=3", "data = 3: must be a table of keys"),
         ("partition.kind=natural", "partition.column = None: must be given"),
@@ -84,6 +89,41 @@ def test_rules_that_mix_the_factors_need_both():
     for rule in ("stacking", "svd_redistribution", "rank_partition", "anchored"):
         with pytest.raises(InputError, match=f"training.factors = 'B': must be 'both' .*{rule}"):
             load_config(None, ["training.factors=B", f"aggregation.kind={rule}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("training.prune_keep=0.5", "training.prune_keep = 0.5: must be None under .voting."),
+        ("training.factors=B", "training.factors = 'B': must be 'both' under .voting."),
+        ("adapter.start=weights", "adapter.start = 'weights': must be 'zero' under .voting."),
+        ("training.sparse_rounds=2", "training.sparse_rounds = 2: needs adapter.form = 'lora'"),
+        (
+            "training={sparse_rounds=2, factors='both'}",
+            "training.sparse_rounds = 2: must be 0 under .voting.",
+        ),
+    ],
+)
+def test_what_does_not_go_with_votes(setting, line):
+    rest = ["adapter.form=lora"] if "needs" not in line else []
+    with pytest.raises(InputError, match=line):
+        load_config(None, ["method=fedara", "aggregation.kind=replication_padding", *rest, setting])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["allocation.rank=4"],
+        ["allocation.depth=2"],
+        ["aggregation.kind=replication_padding", "allocation={kind='tiers', tiers=[{rank=2, share=1.0}]}"],
+        ["aggregation.kind=stacking"],
+    ],
+)
+def test_slots_that_took_over_weights_are_held_by_all(settings):
+    with pytest.raises(InputError, match="adapter.start = 'weights': must be 'zero'"):
+        load_config(None, ["method=federa", *settings])
+    if "stacking" not in settings[0]:
+        load_config(None, ["method=federa", "adapter.untrained=frozen", *settings])
 
 
 def test_steps_and_epochs_exclude_each_other():

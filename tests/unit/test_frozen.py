@@ -94,6 +94,19 @@ def test_the_choice_is_made_once_per_machine(tmp_path, monkeypatch):
     assert packed_dtype("fp32") is None
 
 
+def test_of_several_processes_that_time_it_the_first_one_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def timed():
+        monkeypatch.setattr(frozen, "_gains", lambda: {"fp32": 2.0, "bf16": 2.0})
+        assert packed_dtype("fp32") == "fp32"  # another process, while this one is timing
+        return {"fp32": 0.5, "bf16": 0.5}
+
+    monkeypatch.setattr(frozen, "_gains", timed)
+    assert packed_dtype("fp32") == "fp32"
+    assert len(list((tmp_path / "polyrank").iterdir())) == 1
+
+
 def test_where_nothing_can_be_remembered_nothing_is_timed_into_the_bits(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

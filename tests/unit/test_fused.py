@@ -288,6 +288,10 @@ def test_who_may_share_a_pass():
     assert _group(0, first, env) != _group(1, asked, env)
     fewer = dataclasses.replace(first, ballot=Ballot(2, "sensitivity", 0.85))
     assert _group(0, fewer, env) == _group(1, asked, env)
-    inside = f"{model.blocks[0]}.output.dense"  # a trained layer there would see packed rows
-    apart_ = dataclasses.replace(env, model=dataclasses.replace(model, head_modules=[inside, "classifier"]))
-    assert _group(0, first, apart_) != _group(1, second, apart_)
+    within = f"{model.blocks[0]}.output.dense"  # a trained layer there would see packed rows
+    below = "bert.embeddings.position_embeddings"  # one there gets positions alone, the same for all texts
+    for layer in (within, below):
+        apart_ = dataclasses.replace(
+            env, model=dataclasses.replace(model, head_modules=[layer, "classifier"])
+        )
+        assert _group(0, first, apart_) != _group(1, second, apart_)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from polyrank.adapter import Adapter, Draw, delta_weight, full_mask, num_slots, prefix_mask, restrict
+from polyrank.adapter import Adapter, Draw, Factors, delta_weight, full_mask, num_slots, prefix_mask, restrict
 from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Stacking, ZeroPadding
 from polyrank.allocation import LossBased, RandomSlotChoice, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
@@ -23,7 +23,7 @@ from polyrank.models.load import write_head
 from polyrank.recipes import recipes
 from polyrank.round import drawn_as, federated_round, make_task
 from polyrank.sampling import SampleCount
-from polyrank.session import ClientEnv, ClientError, train
+from polyrank.session import ClientEnv, ClientError, _tail_norm, train
 from polyrank.state import Capacity, ClientRecord
 from polyrank.wire import decode_task, encode_task
 from tests.builders import largest_difference, random_adapter
@@ -177,6 +177,21 @@ def test_a_client_that_did_not_prune_may_grow():
     fed, state = federation(training=training, allocation=policy, aggregation=ReplicationPadding())
     _, records = rounds(fed, state, 2)
     assert {reply.slots for reply in records[1].replies} == {6, 18}
+
+
+def test_a_client_that_holds_more_than_it_trains_may_grow():
+    """Frozen slots beside the trained ones are no slots that it gave up."""
+    policy = LossBased(low_rank=1, high_rank=3, high_share=0.5, score="client")
+    fed, state = federation(allocation=policy, aggregation=ReplicationPadding(), untrained="frozen")
+    after, records = rounds(fed, state, 2)
+    assert {record.rank_limit for record in after.clients.values()} == {None}
+    assert {num_slots(learned.mask) for learned in records[1].learned} == {6, 18}
+
+
+def test_what_self_pruning_measures_is_on_the_device_of_the_factors():
+    far = {"q": Factors(torch.zeros(4, 2, device="meta"), torch.zeros(2, 4, device="meta"), 1.0)}
+    assert _tail_norm(Adapter("lora", far), Training(prune_keep=0.5)).device.type == "meta"
+    assert float(_tail_norm(Adapter("lora", {}), Training(prune_keep=0.5))) == 0
 
 
 def test_self_pruning_shortens_a_client_for_good():

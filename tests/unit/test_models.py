@@ -7,9 +7,17 @@ import importlib
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from polyrank.errors import InputError
-from polyrank.models.load import head_parameters, load_base, pick_device, read_head, write_head
+from polyrank.models.load import (
+    head_parameters,
+    load_base,
+    packaged_model,
+    pick_device,
+    read_head,
+    write_head,
+)
 from polyrank.models.speaker import load_speaker
 from polyrank.models.targets import resolve_targets
 from tests.conftest import CPU, tiny_model, tiny_network
@@ -145,6 +153,13 @@ def test_the_packaged_model_loads_the_same_every_time(minilm):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(InputError, match=r"model.name = '.*: no such folder; .*hub id"):
         load_base(str(tmp_path / "nowhere"), ["a"], 0, CPU)
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(tmp_path / "m")
+    tiny_network("bert", vocab_size=31000).save_pretrained(tmp_path / "m")
+    assert load_base("~/m", ["a", "b"], 0, CPU).source == str(tmp_path / "m")
 
 
 @pytest.mark.parametrize("task", ["classifier", "causal language model"])

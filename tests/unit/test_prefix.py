@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from polyrank.adapter import Adapter, restrict
+from polyrank.assemble import prepare
 from polyrank.evaluation import evaluate
+from polyrank.experiment import conduct, open_folder
 from polyrank.lowrank import fold
 from polyrank.models.prefix import (
     PrefixCache,
@@ -22,7 +24,7 @@ from polyrank.models.prefix import (
 from polyrank.session import ClientEnv, train
 from tests.builders import largest_difference, random_adapter
 from tests.conftest import FAMILIES, tiny_model
-from tests.small_runs import ended, forked
+from tests.small_runs import ended, forked, small_config
 from tests.unit.test_client import task_for, tokens
 from tests.unit.test_packing import apart, logits_and_slopes, strong_adapter
 
@@ -212,6 +214,16 @@ def test_evaluation_reads_the_prefix_too(dtype, tmp_path):
         stored = evaluate(model, adapter, task.head, data, 4, cache)
         assert stored["loss"] == pytest.approx(plain["loss"], rel=1e-4 if dtype == "fp32" else 0.05)
     assert cache.statistics()["hits"] == 1
+
+
+def test_a_finished_run_leaves_no_files_of_it_behind(tmp_path):
+    """A comparison makes a cache in every cell, in one process."""
+    experiment = prepare(small_config(tmp_path, "plain", "allocation.depth=1", "rounds=1"))
+    folder = open_folder(experiment, tmp_path / "run")
+    *_, summary = conduct(experiment, folder)
+    assert summary["prefix_cache"]["fills"] > 0
+    assert experiment.prefix is not None
+    assert not experiment.prefix.folder.exists()
 
 
 def test_the_lowest_block():

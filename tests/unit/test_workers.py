@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from polyrank.aggregation import Stacking
+from polyrank.assemble import prepare
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import RunError
 from polyrank.measures import SCORE_NAMES
@@ -17,6 +18,7 @@ from polyrank.messages import Training
 from polyrank.round import evaluate_clients, federated_round
 from polyrank.session import ClientEnv
 from tests.builders import largest_difference
+from tests.small_runs import small_config
 from tests.unit.test_methods import rounds, two_tiers
 from tests.unit.test_round import federation
 
@@ -47,6 +49,17 @@ def test_any_number_of_workers_gives_the_same_bits(count, changes):
     scores = evaluate_clients(fed, together, 2, SCORE_NAMES["classification"]).scores
     assert len(scores) == 4
     fed.engine.close()
+
+
+def test_what_all_had_from_the_start_keeps_nobody_at_home(tmp_path):
+    """FeDeRA begins with a fold, which came to every process with the fork."""
+    experiment = prepare(
+        small_config(tmp_path, "plain", "method=federa", "adapter.rank=2", "engine.workers=2")
+    )
+    federated_round(experiment.federation, experiment.start)
+    assert all(env.folds for env in experiment.environments.values())
+    assert experiment.federation.engine.home == {}
+    experiment.federation.engine.close()
 
 
 def test_a_dead_worker_costs_its_client_one_round():

@@ -58,5 +58,5 @@ class LossBased(Schema):
     def best(self, state: ServerState) -> set[ClientId]:
         """The share of the population with the least loss; ties go to the first by name."""
         scored = [(r.loss, name) for name, r in state.clients.items() if r.loss is not None]
-        count = math.ceil(self.high_share * len(state.clients))
+        count = math.ceil(self.high_share * len(state.clients) - 1e-9)
         return {name for _, name in sorted(scored)[:count]}

@@ -148,24 +148,33 @@ def _serve(
     """A worker's whole life: answer requests until the pipe closes."""
     for other in others:
         other.close()
+    known = {client: len(env.folds) for client, env in environments.items()}
     try:
         while True:
             parts = _unpack(pipe.recv_bytes())
             names = [name.decode() for name in parts[::2]]
             requests = list(zip(names, parts[1::2], strict=True))
-            pipe.send_bytes(_pack(_answers(EmbeddedEngine(environments, len(requests)), requests)))
+            pipe.send_bytes(_pack(_answers(EmbeddedEngine(environments, len(requests)), requests, known)))
     except (EOFError, OSError, KeyboardInterrupt):
         os._exit(0)
 
 
-def _answers(engine: EmbeddedEngine, requests: Sequence[Request]) -> list[bytes]:
+def _answers(
+    engine: EmbeddedEngine, requests: Sequence[Request], known: Mapping[ClientId, int]
+) -> list[bytes]:
+    """Framed answers.
+
+    Args:
+        known: folds that each client had when the process began: with more it is at home here.
+    """
     try:
         answers = list(engine.exchange(requests))
     except Exception as error:  # told to the server, which stops the run; the place goes to stderr
         traceback.print_exc()
         reason = f"{type(error).__name__}: {first_line(error)}"
         return [_HEAD.pack(_CRASHED, 0, 0.0) + reason.encode()]
-    return [_frame(answer, bool(engine.environments[answer.client].folds)) for answer in answers]
+    folds = {client: len(engine.environments[client].folds) for client, _ in requests}
+    return [_frame(answer, folds[answer.client] > known[answer.client]) for answer in answers]
 
 
 def _frame(answer: Answer, remembers: bool) -> bytes:

@@ -9,6 +9,7 @@ weights stay as they are: only ``forward`` of the map is replaced.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -111,17 +112,28 @@ def _remembered_gains() -> dict[Dtype, float] | None:
         return None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "polyrank" / f"packed-{platform.node()}-{torch.__version__}.json"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if (found := _read_gains(path)) is not None:
+            return found
+        path.unlink()  # damaged
+    own = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps(_gains()))
+        with contextlib.suppress(FileExistsError):  # of several processes that time it, the first one says
+            os.link(own, path)
+        own.unlink()
+        return _read_gains(path)
+    except OSError:
+        return None
+
+
+def _read_gains(path: Path) -> dict[Dtype, float] | None:
     try:
         found = json.loads(path.read_text())
         return {"fp32": float(found["fp32"]), "bf16": float(found["bf16"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        gains = _gains()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(gains))
-    except OSError:
+    except (ValueError, KeyError, TypeError):
         return None
-    return gains
 
 
 def _gains() -> dict[Dtype, float]:

@@ -120,7 +120,7 @@ def load_base(
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    source = str(packaged_model()) if name == PACKAGED else name
+    source = str(packaged_model()) if name == PACKAGED else expanded(name)
     with reading(name, source, f"'{PACKAGED}', a model folder or a hub id", "classifier"):
         torch.manual_seed(seed_for(seed, "head"))
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -143,6 +143,11 @@ def load_base(
     return model
 
 
+def expanded(name: str) -> str:
+    """A model's name with ``~`` for what it stands for; a hub id stays as it is."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
 @contextlib.contextmanager
 def reading(name: str, source: str, known: str, kind: str) -> Iterator[None]:
     """Read a model quietly, with random numbers of its own.
@@ -153,7 +158,7 @@ def reading(name: str, source: str, known: str, kind: str) -> Iterator[None]:
 
     Raises: InputError when there is no such folder, or what is there cannot be loaded.
     """
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise InputError("model.name", name, f"no such folder; {known}")
     try:
         with quiet(), torch.random.fork_rng(devices=[]):

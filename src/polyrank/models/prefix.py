@@ -71,6 +71,10 @@ class PrefixCache:
         kept = sum(size for _, size, _ in self._files())
         return {"hits": counts["hit"], "fills": counts["fill"], "evictions": counts["evict"], "bytes": kept}
 
+    def drop(self) -> None:
+        """Free its room on the disk; who still has a file mapped keeps it until the end."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _map(self, path: Path, shape: tuple[int, int]) -> Tensor:
         if path.stat().st_size != shape[0] * shape[1] * DTYPES[self.dtype].itemsize:
             raise FileNotFoundError(path)
@@ -179,12 +183,17 @@ def can_skip(model: BaseModel) -> bool:
     return not why_not_skip(model)
 
 
-def why_not_skip(model: BaseModel) -> str:
-    """What keeps a stored prefix from standing in for the first blocks, empty when nothing does."""
+def trains_below(model: BaseModel) -> bool:
+    """Whether a layer below the blocks trains, as one of the embeddings that the checkpoint lacks."""
     inside = f"{model.network.base_model_prefix}."
     names = [name for name, _ in model.network.named_modules()]
     early = [name for name in names[: names.index(model.blocks[0])] if name.startswith(inside)]
-    if any(name in early for name in model.head_modules):
+    return any(name in early for name in model.head_modules)
+
+
+def why_not_skip(model: BaseModel) -> str:
+    """What keeps a stored prefix from standing in for the first blocks, empty when nothing does."""
+    if trains_below(model):
         return "a layer below its blocks is trained"
     if len(model.blocks) < 2:
         return "it has one block"

@@ -12,7 +12,7 @@ from torch import nn
 
 from polyrank.errors import InputError
 from polyrank.models.frozen import pack_blocks, packed_dtype
-from polyrank.models.load import BaseModel, Dtype, prepare, reading, weights_digest
+from polyrank.models.load import BaseModel, Dtype, expanded, prepare, reading, weights_digest
 from polyrank.models.targets import block_names, linear_shape
 
 Bits = Literal["8bit", "4bit"]
@@ -35,10 +35,11 @@ def load_speaker(
 
     dtype = torch.bfloat16 if base_dtype == "bf16" and device.type != "mps" else torch.float32
     how = {} if bits is None else quantized(bits, dtype, device)  # refuses before anything is read
-    with reading(name, name, "a model folder or a hub id", "causal language model"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    source = expanded(name)
+    with reading(name, source, "a model folder or a hub id", "causal language model"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
         network, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, use_safetensors=True, **how
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True, **how
         )
         if missing := sorted(info["missing_keys"]):  # it would babble with a parameter drawn at random
             raise ValueError(f"the checkpoint lacks {missing[0]}" + (" and others" if missing[1:] else ""))
@@ -46,7 +47,7 @@ def load_speaker(
     if bits is not None and device.type == "cpu":
         blocks = block_names(getattr(network, network.base_model_prefix), network.base_model_prefix)
         round_to_int8([network.get_submodule(block) for block in blocks])
-    model = replace(prepare(network, tokenizer, name, set(), device, "causal_lm"), digest=digest)
+    model = replace(prepare(network, tokenizer, source, set(), device, "causal_lm"), digest=digest)
     if device.type == "cpu" and dtype == torch.float32 and bits is None and packed_dtype("fp32"):
         pack_blocks(model.network, model.blocks, (), "fp32")
     return model
