@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from polyrank.adapter import Adapter, RankMask, embed, fingerprint, full_mask, new_adapter, restrict
-from polyrank.aggregation import Rule, Stacking
+from polyrank.aggregation import FOLDING, Rule
 from polyrank.allocation import Legend, LossBased, Tiers, Uniform
 from polyrank.client import catch_up
 from polyrank.clock import Clock, make_clock
@@ -310,7 +310,7 @@ def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch
 def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> int:
     """How many clients share a pass: on a CPU it pays where a step is smaller than about 500 tokens."""
     assert isinstance(config.engine, Embedded)
-    if isinstance(config.aggregation, Stacking):
+    if isinstance(config.aggregation, FOLDING):
         return 1  # each client stays with the worker that has its folds
     if config.privacy is not None:
         return 1  # in a shared pass the last bits of one client's change depend on the others' texts

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from polyrank.adapter import Form
 from polyrank.aggregation import (
+    FOLDING,
     PRODUCT_SPACE,
     Aggregation,
     Anchored,
@@ -22,6 +23,7 @@ from polyrank.aggregation import (
     LayerWise,
     RandomSlots,
     ReplicationPadding,
+    Residual,
     Stacking,
 )
 from polyrank.allocation import Allocation, LossBased, Tiers, Uniform
@@ -181,10 +183,11 @@ class Config(Schema):
         if self.training.sparse_rounds > 0:
             self._starts_sparse(moving)
         same_for_all = self.allocation.kind in ("uniform", "progressive_depth")
-        if isinstance(self.aggregation, FedAvg) and not (same_for_all and self.training.prune_keep is None):
+        equals = isinstance(self.aggregation, FedAvg | Residual)
+        if equals and not (same_for_all and self.training.prune_keep is None):
             kind = f"{self.allocation.kind} or self-pruning"
             allowed = f"needs equal ranks; for allocation by {kind} take e.g. 'replication_padding'"
-            raise InputError("aggregation.kind", "fedavg", allowed)
+            raise InputError("aggregation.kind", self.aggregation.kind, allowed)
         if self.training.prune_keep is not None and self.allocation.kind == "random_slots":
             allowed = "does not go with allocation.kind = 'random_slots'"
             raise InputError("training.prune_keep", self.training.prune_keep, allowed)
@@ -211,7 +214,7 @@ class Config(Schema):
         if table.form != "lora" or table.start != "zero" or self.training.factors != "both":
             allowed = "needs adapter.form = 'lora', adapter.start = 'zero' and training.factors = 'both'"
             raise InputError("training.sparse_rounds", rounds, allowed)
-        if moving or isinstance(self.aggregation, Stacking):
+        if moving:
             allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.sparse_rounds", rounds, allowed)
 
@@ -240,7 +243,7 @@ class Config(Schema):
             return
         if self.task != "causal_lm":
             raise InputError("model.quantize", bits, "goes with task = 'causal_lm' alone")
-        if self.adapter.start != "zero" or isinstance(self.aggregation, Stacking):
+        if self.adapter.start != "zero" or isinstance(self.aggregation, FOLDING):
             allowed = "needs adapter.start = 'zero' and a rule that folds nothing into the frozen weights"
             raise InputError("model.quantize", bits, allowed)
 
@@ -283,7 +286,7 @@ class Config(Schema):
             if (value := getattr(self.training, key)) != plain:
                 allowed = f"must be {plain!r} under [voting]: a slot keeps its place, and all of it trains"
                 raise InputError(f"training.{key}", value, allowed)
-        if moving or isinstance(self.aggregation, Stacking):
+        if moving:
             allowed = "must keep slots apart for voting, e.g. 'fedavg' or 'replication_padding'"
             raise InputError("aggregation.kind", self.aggregation.kind, allowed)
 

@@ -26,6 +26,7 @@ from polyrank.aggregation import (
     RandomSlots,
     RankPartition,
     ReplicationPadding,
+    Residual,
     Stacking,
     SvdRedistribution,
     ZeroPadding,
@@ -54,7 +55,8 @@ PRODUCT_RULES = [
     Anchored(kappa=1.0),
 ]
 MIXED_RANK_RULES = [*FACTOR_RULES, *PRODUCT_RULES]
-RULES = [FedAvg(), *MIXED_RANK_RULES]
+EQUAL_RANK_RULES = (FedAvg, Residual)
+RULES = [*(rule() for rule in EQUAL_RANK_RULES), *MIXED_RANK_RULES]
 EQUALS_FEDAVG = [rule for rule in FACTOR_RULES if not isinstance(rule, NormWeighted)]
 
 
@@ -102,7 +104,7 @@ def distance(first, second):
 @over(RULES)
 @given(seeds, forms, ranks, st.randoms())
 def test_the_order_of_clients_changes_nothing(rule, seeds, form, ranks, shuffler):
-    ranks = [RANK] * 5 if isinstance(rule, FedAvg) else ranks
+    ranks = [RANK] * 5 if isinstance(rule, EQUAL_RANK_RULES) else ranks
     state, updates = state_of(random_adapter(1, RANK, form)), updates_from(seeds, form, ranks)
     mixed = list(updates)
     shuffler.shuffle(mixed)
@@ -114,7 +116,7 @@ def test_the_order_of_clients_changes_nothing(rule, seeds, form, ranks, shuffler
 @over([rule for rule in RULES if not isinstance(rule, NormWeighted)])
 @given(seeds, forms, ranks, counts, counts)
 def test_splitting_a_client_in_two_changes_nothing(rule, seeds, form, ranks, left, right):
-    ranks = [RANK] * 5 if isinstance(rule, FedAvg) else ranks
+    ranks = [RANK] * 5 if isinstance(rule, EQUAL_RANK_RULES) else ranks
     state, updates = state_of(random_adapter(1, RANK, form)), updates_from(seeds, form, ranks)
     whole = dataclasses.replace(updates[0], num_examples=left + right)
     sizes = [("l", left), ("r", right)]
@@ -139,6 +141,9 @@ def test_full_clients_that_train_nothing_leave_everything_as_it_is(rule, seed, c
             assert float((served(merged, name) - before).abs().max() / before.abs().max()) < 1e-4
     else:
         assert largest_difference(merged.adapter, bank) < 1e-5
+        assert all(
+            torch.allclose(served(merged, n), delta_weight(bank.modules[n]), atol=1e-4) for n in SHAPES
+        )
     assert all(float((merged.head[n] - t).abs().max()) < 1e-6 for n, t in state.head.items())
 
 
@@ -254,6 +259,19 @@ def test_product_rules_split_the_singular_values_evenly(seeds, ranks):
         alive = factors.B.norm(dim=0) > 0
         assert torch.allclose(factors.B.norm(dim=0)[alive], factors.A.norm(dim=1)[alive], rtol=1e-4)
         assert bool((factors.B.norm(dim=0).diff() <= 1e-4).all())  # strongest first
+
+
+@given(seeds, forms, st.integers(1, RANK))
+def test_a_residual_makes_the_mean_of_the_factors_exact(seeds, form, rank):
+    """Slots that nobody holds stay as they are, beside the mean of what the clients learned."""
+    bank, updates = random_adapter(1, RANK, form), updates_from(seeds, form, [rank] * 5)
+    merged = Residual().aggregate(state_of(bank), updates)
+    assert largest_difference(merged.adapter, FedAvg().aggregate(state_of(bank), updates).adapter) == 0
+    weights = client_weights(updates, "examples")
+    for name in SHAPES:
+        mean = sum(p * delta_weight(u.adapter.modules[name]) for u, p in zip(updates, weights, strict=True))
+        mean = mean + sum(slot_term(bank.modules[name], slot).float() for slot in range(rank, RANK))
+        assert float((served(merged, name) - mean).abs().max() / (1 + mean.abs().max())) < 1e-4
 
 
 def test_a_null_slot_adds_nothing_but_can_still_be_trained():

@@ -85,6 +85,13 @@ def test_a_mistake_is_one_line_with_key_value_and_choices(setting, line):
     assert str(caught.value).startswith(line.split(" = ")[0])
 
 
+@pytest.mark.parametrize(("method", "rule"), [("fedit", "fedavg"), ("fedex", "residual")])
+def test_a_rule_for_equal_ranks_is_named(method, rule):
+    given = [f"method={method}", "allocation.kind=loss_based", "allocation.high_rank=8"]
+    with pytest.raises(InputError, match=f"aggregation.kind = '{rule}': needs equal ranks"):
+        load_config(None, given)
+
+
 def test_rules_that_mix_the_factors_need_both():
     for rule in ("stacking", "svd_redistribution", "rank_partition", "anchored"):
         with pytest.raises(InputError, match=f"training.factors = 'B': must be 'both' .*{rule}"):

@@ -21,6 +21,7 @@ from polyrank.aggregation.norm_weighted import NormWeighted
 from polyrank.aggregation.random_slots import RandomSlots
 from polyrank.aggregation.rank_partition import RankPartition
 from polyrank.aggregation.replication_padding import ReplicationPadding
+from polyrank.aggregation.residual import Residual
 from polyrank.aggregation.stacking import Stacking
 from polyrank.aggregation.svd_redistribution import SvdRedistribution
 from polyrank.aggregation.zero_padding import ZeroPadding
@@ -35,14 +36,19 @@ Aggregation = Annotated[
     | SvdRedistribution
     | RankPartition
     | Anchored
-    | RandomSlots,
+    | RandomSlots
+    | Residual,
     Field(discriminator="kind"),
 ]
 
 PRODUCT_SPACE = (Stacking, SvdRedistribution, RankPartition)
 """Rules whose slots change their coordinates every round."""
 
+FOLDING = (Stacking, Residual)
+"""Rules that add to the frozen weights."""
+
 __all__ = [
+    "FOLDING",
     "PRODUCT_SPACE",
     "Aggregated",
     "Aggregation",
@@ -53,6 +59,7 @@ __all__ = [
     "RandomSlots",
     "RankPartition",
     "ReplicationPadding",
+    "Residual",
     "Rule",
     "Stacking",
     "SvdRedistribution",

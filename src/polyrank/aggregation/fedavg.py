@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from polyrank.adapter import Adapter, Head
 from polyrank.aggregation.base import Aggregated, Weights, sums_of
 from polyrank.errors import InputError
 from polyrank.messages import ClientUpdate
@@ -28,8 +29,21 @@ class FedAvg(Schema):
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Aggregated:
         """Raises: InputError when two clients hold different slots."""
-        slots, head = sums_of(state, updates, self.weights)
-        for share in slots.shares().values():  # exact: sums of whole numbers in float64
-            if bool(((share > 0) & (share < 1)).any()):
-                raise InputError("aggregation.kind", "fedavg", "needs equal ranks on all clients")
-        return Aggregated(slots.mean(), head.mean())
+        return Aggregated(*mean_of_equals(self.kind, state, updates, self.weights))
+
+
+def mean_of_equals(
+    kind: str, state: ServerState, updates: Sequence[ClientUpdate], weights: Weights
+) -> tuple[Adapter, Head]:
+    """The mean of each factor, and of the heads, over clients that hold the same slots.
+
+    Args:
+        kind: of the rule that asks.
+
+    Raises: InputError when two clients hold different slots.
+    """
+    slots, head = sums_of(state, updates, weights)
+    for share in slots.shares().values():  # exact: sums of whole numbers in float64
+        if bool(((share > 0) & (share < 1)).any()):
+            raise InputError("aggregation.kind", kind, "needs equal ranks on all clients")
+    return slots.mean(), head.mean()

@@ -39,13 +39,13 @@ class Stacking(Schema):
         for name in state.adapter.modules:
             held = [(u.adapter.modules[name], p) for u, p in pairs if name in u.adapter.modules]
             if held:
-                modules[name] = _stacked(held)
+                modules[name] = stacked(held)
         bank = fresh_slots(state.adapter, Draw(seed_for(state.seed, "stacking", state.round)))
         head = mean_head(updates, weights, state.head)
         return Aggregated(bank, head, fold=Adapter("lora", modules))
 
 
-def _stacked(held: Sequence[tuple[Factors, float]]) -> Factors:
-    """One module's factors side by side, with weight and e in A."""
-    rows = [p * (f.A if f.e is None else f.e[:, None] * f.A) for f, p in held]
-    return Factors(torch.cat([f.B for f, _ in held], dim=1), torch.cat(rows), held[0][0].scale)
+def stacked(held: Sequence[tuple[Factors, float]]) -> Factors:
+    """The weighted sum of some products of one module: their factors side by side, weight and e in A."""
+    rows = [p * (f.A if f.e is None else f.e[:, None] * f.A).float() for f, p in held]
+    return Factors(torch.cat([f.B.float() for f, _ in held], dim=1), torch.cat(rows), held[0][0].scale)
