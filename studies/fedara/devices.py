@@ -1,10 +1,10 @@
 """What finished runs would have taken on one kind of device: simulated seconds and joules of a whole run.
 
-    python -m studies.fedara.devices --out OUT
+    python -m studies.fedara.devices --out OUT [--seeds 0 1 2]
 
 Every client is such a device on WiFi. "Without module pruning" is the same run with its slots masked
 instead of gone: it trains as long as fixed-rank SVD adapters of the same seed, and sends what FedARA sends.
-Prints a table.
+Prints a table of the methods whose run folders are in OUT.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ Rows = Sequence[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder of the study")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     data, partition = TUNED_ON
-    names = list(arms(SMALL[data].rounds))
+    runs = {
+        (name, seed): given.out / data / partition / name / str(seed)
+        for name in arms(SMALL[data].rounds)
+        for seed in given.seeds
+    }
+    missing = {name for (name, _), run in runs.items() if not (run / "summary.json").exists()}
+    names = [name for name in arms(SMALL[data].rounds) if name not in missing]
     print("| method | " + " | ".join(f"{device}: s, kJ" for device in DEVICES) + " |")
     print("|---" * (len(DEVICES) + 1) + "|")
     found: dict[str, list[str]] = {name: [] for name in [*names, f"{OURS}, without module pruning"]}
     for device in DEVICES:
-        rows = {
-            (name, seed): priced(given.out / data / partition / name / str(seed), device)
-            for name in names
-            for seed in range(given.seeds)
-        }
+        rows = {key: priced(run, device) for key, run in runs.items() if key[0] in names}
         for name in names:
-            found[name].append(told([rows[name, seed] for seed in range(given.seeds)]))
+            found[name].append(told([rows[name, seed] for seed in given.seeds]))
         watts = packaged().devices[device].modes[0].compute_w
-        masked = [unpruned(rows[OURS, seed], rows[FULL, seed], watts) for seed in range(given.seeds)]
-        found[f"{OURS}, without module pruning"].append(told(masked))
+        if not {OURS, FULL} & missing:
+            masked = [unpruned(rows[OURS, seed], rows[FULL, seed], watts) for seed in given.seeds]
+            found[f"{OURS}, without module pruning"].append(told(masked))
     for name, cells in found.items():
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        if cells:
+            print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def priced(run: Path, device: str) -> Rows:
