@@ -36,16 +36,27 @@ def run_cells(cells: Cells, out: Path, workers: int) -> dict[str, dict[str, Any]
 
 
 def finished(cells: Cells, out: Path, workers: int) -> Iterator[str]:
-    """The names of all cells: first of those that are done already, then of the others as they are."""
+    """The names of all cells: first of those that are done already, then of the others as they are.
+
+    Raises: RuntimeError in the end, when some failed; the others are done all the same.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     todo = [name for name, cell in cells.items() if not is_done(out / name, cell)]
     yield from (name for name in cells if name not in todo)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = {pool.submit(run_cell, name, dict(cells[name]), out / name): name for name in todo}
+        failed = []
         for done, job in enumerate(as_completed(jobs), 1):
-            print(f"{done}/{len(jobs)} {job.result()}", flush=True)
-            yield jobs[job]
+            error = job.exception()
+            said = job.result() if error is None else f"{jobs[job]}: {error}"
+            print(f"{done}/{len(jobs)} {said}", flush=True)
+            if error is None:
+                yield jobs[job]
+            else:
+                failed.append(jobs[job])
+    if failed:
+        raise RuntimeError(f"{len(failed)} cells failed: {', '.join(failed)}")
 
 
 def is_done(folder: Path, cell: Mapping[str, Any]) -> bool:

@@ -21,6 +21,9 @@ class InputError(ValueError):
         self.allowed = printable(" ".join(allowed.split()), 1000)
         super().__init__(f"{self.key} = {_short(value)}: {self.allowed}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, object, str]]:
+        return InputError, (self.key, self.value, self.allowed)  # it may come out of another process
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, e.g. every client of a round failed."""

@@ -9,11 +9,12 @@ import pytest
 
 from studies import records
 from studies.causal import run as causal
-from studies.cells import GIVEN, is_done
+from studies.cells import GIVEN, is_done, run_cells
 from studies.fedara.arms import SMALL, arms, config
 from studies.fedara.tables import tables
 from studies.legend import run as legend
 from studies.records import Record, Round, digest, made_of, read, recorded
+from tests.small_runs import small_config
 
 
 def cell(folder: Path, accuracy: float = 0.5) -> None:
@@ -43,6 +44,15 @@ def test_a_folder_of_another_config_is_not_that_cell(tmp_path):
     assert is_done(tmp_path / "one", {"seed": 1, "tiers": (1, 2)})
     assert not is_done(tmp_path / "one", {"seed": 2, "tiers": (1, 2)})
     assert not is_done(tmp_path / "two", {"seed": 1})
+
+
+def test_a_cell_that_fails_keeps_no_other_from_being_done(tmp_path, capsys):
+    tiny = small_config(tmp_path, "plain", "rounds=1").model_dump(mode="json")
+    cells = {"bad": tiny | {"adapter": {"rank": 10**6}}, "good": tiny}
+    with pytest.raises(RuntimeError, match="1 cells failed: bad"):
+        run_cells(cells, tmp_path / "out", 1)
+    assert is_done(tmp_path / "out" / "good", tiny)
+    assert "bad: adapter.rank = 1000000: at most" in capsys.readouterr().out
 
 
 def test_recorded_cells_are_run_again_only_when_their_config_changes(tmp_path, monkeypatch):
