@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from polyrank.adapter import Adapter, Factors, Form, Head, RankMask, full_mask, restrict
+from polyrank.aggregation.base import SlotSums
 from polyrank.messages import ClientUpdate
 from polyrank.state import ServerState
 
@@ -57,3 +58,11 @@ def largest_difference(first: Adapter, second: Adapter) -> float:
         for part, tensor in factors.tensors().items():
             worst = max(worst, float((tensor - second.modules[name].tensors()[part]).abs().max()))
     return worst
+
+
+def slot_mean(bank: Adapter, updates: Sequence[ClientUpdate], weights: Sequence[float]) -> Adapter:
+    """The weighted mean of each slot over its holders."""
+    sums = SlotSums(bank)
+    for update, weight in zip(updates, weights, strict=True):
+        sums.add(update, weight)
+    return sums.mean()

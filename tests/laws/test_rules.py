@@ -31,9 +31,17 @@ from polyrank.aggregation import (
     SvdRedistribution,
     ZeroPadding,
 )
-from polyrank.aggregation.base import client_weights, slot_mean
+from polyrank.aggregation.base import client_weights
 from polyrank.aggregation.error import aggregation_error
-from tests.builders import SHAPES, largest_difference, random_adapter, random_head, state_of, update_of
+from tests.builders import (
+    SHAPES,
+    largest_difference,
+    random_adapter,
+    random_head,
+    slot_mean,
+    state_of,
+    update_of,
+)
 
 RANK = 4
 FACTOR_RULES = [

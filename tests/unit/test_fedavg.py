@@ -7,9 +7,9 @@ import torch
 
 from polyrank.adapter import Adapter, Factors, full_mask, prefix_mask
 from polyrank.aggregation import FedAvg
-from polyrank.aggregation.base import client_weights, slot_mean
+from polyrank.aggregation.base import client_weights
 from polyrank.errors import InputError
-from tests.builders import random_adapter, state_of, update_of
+from tests.builders import random_adapter, slot_mean, state_of, update_of
 
 
 def constant(value: float, rank: int = 2) -> Adapter:

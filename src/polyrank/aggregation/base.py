@@ -62,28 +62,6 @@ def mean_head(updates: Iterable[ClientUpdate], weights: Sequence[float], like: H
     return sums.mean()
 
 
-def slot_mean(
-    like: Adapter,
-    updates: Iterable[ClientUpdate],
-    weights: Sequence[float],
-    *,
-    over_holders: bool = True,
-) -> Adapter:
-    """Per slot and factor, sum_k p_k X_k over the clients that trained the slot.
-
-    A slot that nobody trained keeps its value. Values narrower than the bank's are widened on the way in.
-
-    Args:
-        like: the bank.
-        weights: p_k by update, up to a common factor.
-        over_holders: divide by P_j, the weight of the slot's holders; otherwise the others count as 0.
-    """
-    sums = SlotSums(like)
-    for update, weight in zip(updates, weights, strict=True):
-        sums.add(update, weight)
-    return sums.mean() if over_holders else sums.mean_with_zeros()
-
-
 def sums_of(state: ServerState, updates: Iterable[ClientUpdate], by: Weights) -> tuple[SlotSums, HeadSums]:
     """The sums of slots and heads, in one pass that reads each update once."""
     slots, head = SlotSums(state.adapter), HeadSums(state.head)
