@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -90,6 +91,14 @@ def test_the_tables_of_a_study_say_what_its_records_say():
     assert "| fedara-4 | 3 | 0.571 (0.001) | +7.0 [+7.0, +7.0] | 72 | 1.3 | 1.3 |" in text
     assert "| fedit | +7.0 (3 pairs) | +8.0 (3 pairs) |" in text
     assert "| fedit | 0.100 | **0.200** |" in text
+    turned = dict.fromkeys(
+        [f"banking77/dirichlet-0.1/arbitration-top/{seed}" for seed in (0, 1)], found[name]
+    )
+    alone = "banking77/dirichlet-0.1/fedara-4/2"  # no switch has this seed
+    turned[alone] = dataclasses.replace(found[alone], accuracy=0.9)
+    text = "\n".join(tables(found | turned, {arm: {1e-3: 0.1} for arm in arms(20)}))
+    assert "| (the default) | 0.571 (0.001) |" in text
+    assert "| arbitration-top | 0.582 (0.000) | +1.1 [+0.5, +1.8] |" in text
 
 
 def test_the_table_of_legend_counts_the_seeds_that_got_there():
