@@ -115,6 +115,16 @@ def test_where_nothing_can_be_remembered_nothing_is_timed_into_the_bits(tmp_path
     assert packed_dtype("bf16") == ("bf16" if bf16_is_there() else None)
 
 
+def test_what_was_remembered_and_cannot_be_read_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(frozen, "_gains", lambda: {"fp32": 2.0, "bf16": 0.5})
+    assert packed_dtype("fp32") == "fp32"
+    (remembered,) = (tmp_path / "polyrank").iterdir()
+    remembered.unlink()
+    remembered.mkdir()  # as unreadable as a file of somebody else
+    assert packed_dtype("fp32") is None
+
+
 def test_the_measured_gains_are_ratios_of_times():
     gains = frozen._gains()
     assert 0.2 < gains["fp32"] < 5

@@ -93,7 +93,7 @@ def bf16_is_there() -> bool:
 def packed_dtype(base_dtype: Dtype) -> Dtype | None:
     """What frozen maps are packed in on this machine; None: they stay with the default library.
 
-    bf16 where it is asked for and no slower than float32: a processor may have units for it that are. Timed
+    bf16 where it is asked for and the faster: a processor may have units for it that are slower. Timed
     once and remembered in the user's cache folder: a choice that fell anew in every run could change the last
     bits of its result. Where nothing can be remembered, float32 is left to the default library and bf16 to
     the units for it.
@@ -112,7 +112,7 @@ def _remembered_gains() -> dict[Dtype, float] | None:
         return None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "polyrank" / f"packed-{platform.node()}-{torch.__version__}.json"
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(OSError):
         if (found := _read_gains(path)) is not None:
             return found
         path.unlink()  # damaged
