@@ -102,13 +102,15 @@ def main() -> None:
     kept = None if given.out is None else given.out.with_suffix(".runs.jsonl")
     runs = read_runs(kept)
     for name in given.variants:
+        missing = set(range(given.pairs)) - {run.pair for run in runs if run.variant == name}
+        if not missing:
+            continue
         if VARIANTS[name].ag_news and given.data is None:
             tell(f"{name}: skipped, name the folder that holds ag_news/ with --data")
             continue
-        done = {run.pair for run in runs if run.variant == name}
         with tempfile.TemporaryDirectory() as folder:
             make_work(name, Path(folder), given.data)
-            for pair in set(range(given.pairs)) - done:
+            for pair in missing:
                 runs += keep(run_pair(name, pair, sides, Path(folder)), kept)
     print(table(runs))
     if given.out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -62,7 +63,16 @@ def finished(cells: Cells, out: Path, workers: int) -> Iterator[str]:
 def is_done(folder: Path, cell: Mapping[str, Any]) -> bool:
     """Whether a folder holds a finished run of this very config."""
     given = folder / GIVEN
-    return given.exists() and json.loads(given.read_text()) == json.loads(json.dumps(cell))
+    return given.exists() and digest(json.loads(given.read_text())) == digest(cell)
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """A short name for a config, the same wherever data and model lie."""
+    told = dict(config)
+    for table, key in (("data", "source"), ("model", "name")):
+        if key in config.get(table, {}):
+            told[table] = {**config[table], key: Path(config[table][key]).name}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_cell(name: str, given: dict[str, Any], folder: Path) -> str:

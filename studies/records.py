@@ -6,15 +6,14 @@ hours can be stopped at any time, and its tables can be made anew without a sing
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from studies.cells import Cells, finished, rounds_of
+from studies.cells import Cells, digest, finished, rounds_of
 
 _ROUND_KEYS = ("test_accuracy", "simulated_s", "energy_j")
 
@@ -113,12 +112,3 @@ def made_of(name: str, folder: Path, config: str, commit: str) -> Record:
     accuracy = summary.get("test_accuracy", summary.get("test_token_accuracy"))
     scores = accuracy, summary["active_slots"], round(summary["wall_s"], 1), summary.get("waiting_s")
     return Record(name, config, commit, *scores, rounds, summary.get("test_perplexity"))
-
-
-def digest(config: Mapping[str, Any]) -> str:
-    """A short name for a config, the same wherever data and model lie."""
-    told = dict(config)
-    for table, key in (("data", "source"), ("model", "name")):
-        if key in config.get(table, {}):
-            told[table] = {**config[table], key: Path(config[table][key]).name}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]

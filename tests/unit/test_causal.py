@@ -237,6 +237,7 @@ def test_four_bits_need_cuda(stored):
     [
         (["model.quantize=4bit"], "model.quantize = '4bit': goes with task = 'causal_lm' alone"),
         (["task=causal_lm", "model.quantize=8bit", "method=flora"], "folds nothing into the frozen weights"),
+        (["task=causal_lm", "model.quantize=8bit", "method=fedex"], "folds nothing into the frozen weights"),
         (["task=causal_lm", "model.quantize=8bit", "method=federa"], "needs adapter.start = 'zero'"),
         (["model.quantize=2bit"], "must be '8bit' or '4bit'"),
     ],
