@@ -83,6 +83,7 @@ def _spent(rounds: Sequence[Round]) -> Spent:
 
 def recorded(cells: Cells, out: Path, workers: int, path: Path) -> dict[str, Record]:
     """The records of all cells by name; those that the file lacks are run, and written as they finish."""
+    out.mkdir(parents=True, exist_ok=True)
     known = {name: one for name, one in read(path).items() if one.config == digest(cells.get(name, {}))}
     missing = {name: cell for name, cell in cells.items() if name not in known}
     commit = subprocess.run(

@@ -25,7 +25,7 @@ def tables(found: Mapping[str, Record], rates: Mapping[str, Mapping[float, float
         group = groups.setdefault(f"{data}, {partition}", {})
         group.setdefault(arm, {})[int(seed)] = record
     lines = ["## Learning rates", "", *rate_table(rates), "", "## Over all settings", ""]
-    lines += [*overall(groups), ""]
+    lines += [*overall(groups), "", "## By skew", "", *by_skew(groups), ""]
     for title, group in groups.items():
         lines += [f"## {title}", "", *setting_table(group), ""]
     tried = {title: group for title, group in groups.items() if set(group) & set(switches())}
@@ -96,6 +96,18 @@ def overall(groups: Mapping[str, Group]) -> list[str]:
         lines.append(
             f"| FedIT's over FedARA's {title} | " + " | ".join(of(groups, ours) for ours in OURS) + " |"
         )
+    return lines
+
+
+def by_skew(groups: Mapping[str, Group]) -> list[str]:
+    """Points of FedARA at target 4 over each baseline, by partition over all data sets."""
+    parts: dict[str, dict[str, Group]] = {}
+    for title, group in groups.items():
+        parts.setdefault(title.partition(", ")[2], {})[title] = group
+    lines = ["| FedARA at 4 against | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
+    for arm in (*WEAK, *STRONG):
+        cells = [points(some, OURS[0], (arm,)) for some in parts.values()]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
 

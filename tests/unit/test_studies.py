@@ -71,7 +71,8 @@ def test_recorded_cells_are_run_again_only_when_their_config_changes(tmp_path, m
     path = tmp_path / "records.jsonl"
     first = recorded(cells, tmp_path, 1, path)
     moved = {name: {**one, "data": {"source": "/there/x"}} for name, one in cells.items()}
-    again = recorded(moved, tmp_path, 1, path)
+    again = recorded(moved, tmp_path / "elsewhere", 1, path)
+    assert (tmp_path / "elsewhere").is_dir()  # where tables go, though no cell was run
     assert ran == ["a", "b"]
     assert again == first
     moved["b"]["seed"] = 7
@@ -99,6 +100,13 @@ def test_the_tables_of_a_study_say_what_its_records_say():
     text = "\n".join(tables(found | turned, {arm: {1e-3: 0.1} for arm in arms(20)}))
     assert "| (the default) | 0.571 (0.001) |" in text
     assert "| arbitration-top | 0.582 (0.000) | +1.1 [+0.5, +1.8] |" in text
+    skewed = {
+        name.replace("dirichlet-0.1", "pathological"): dataclasses.replace(one, accuracy=1 - one.accuracy)
+        for name, one in found.items()
+    }
+    text = "\n".join(tables(found | skewed, {arm: {1e-3: 0.1} for arm in arms(20)}))
+    assert "| FedARA at 4 against | dirichlet-0.1 | pathological |" in text
+    assert "| fedit | +7.0 (3 pairs) | -7.0 (3 pairs) |" in text
 
 
 def test_the_table_of_legend_counts_the_seeds_that_got_there():
