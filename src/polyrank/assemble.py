@@ -47,9 +47,6 @@ from polyrank.site import Terms, terms_of
 from polyrank.state import ClientRecord, ServerState
 from polyrank.voting import best_slots
 
-SCORES = "client_scores.jsonl"
-JOURNAL = "journal"
-
 
 class Network(Protocol):
     """The way to real sites."""
@@ -214,8 +211,9 @@ def _start(config: Config, fed: Federation, state: ServerState, folds: int) -> S
     """
     records = {client.id: ClientRecord(folds) for client in fed.engine.clients()}
     if fed.clock is not None:
+        frozen = fed.untrained == "frozen"
         for client, record in records.items():
-            capacity = fed.clock.register(client, state.adapter, config.training)
+            capacity = fed.clock.register(client, state.adapter, config.training, frozen)
             device = fed.clock.roster.device_of(client)
             records[client] = replace(record, device=device, capacity=capacity)
     if isinstance(config.allocation, Tiers):

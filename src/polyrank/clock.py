@@ -101,8 +101,12 @@ class Clock:
         spent = cost(work, setup)
         return Priced(setup.device, setup.mode, depth, widest, work.skipped, spent, setup.usable_bytes)
 
-    def register(self, client: ClientId, bank: Adapter, training: Training) -> Capacity:
-        """What a device says of itself before the first round: two probes, at one block and at all."""
+    def register(self, client: ClientId, bank: Adapter, training: Training, frozen: bool = False) -> Capacity:
+        """What a device says of itself before the first round: two probes, at one block and at all.
+
+        Args:
+            frozen: whether adapters that it does not train travel to it all the same, and run there.
+        """
         setup = self.roster.setup(client, 0)
         blocks = block_numbers(bank.modules)
         order = sorted(set(blocks.values()))
@@ -110,7 +114,8 @@ class Clock:
         def probe(depth: int) -> Workload:
             held = set(order[len(order) - depth :])
             ranks = {name: f.rank for name, f in bank.modules.items() if blocks[name] in held}
-            return self._workload(client, training, ranks, {}, (0, 0))
+            others = {name: f.rank for name, f in bank.modules.items() if name not in ranks}
+            return self._workload(client, training, ranks, others if frozen else {}, (0, 0))
 
         works = [probe(depth) for depth in range(1, len(order) + 1)]
         spent = [cost(work, setup) for work in (works[0], works[-1])]
@@ -119,10 +124,12 @@ class Clock:
         slots = sum(factors.rank for factors in bank.modules.values())
         plain = WORD * self.shape.head_parameters + _MESSAGE_BYTES + _MODULE_BYTES * len(bank.modules)
         fixed_s = sum(link_seconds(plain, plain - _MODULE_BYTES * len(bank.modules), setup))
-        size = WORD * bank.num_parameters() / slots
-        slot_s = 8 * size * (1 / setup.down_bit_per_s + 1 / setup.up_bit_per_s)
+        bits = 8 * WORD * bank.num_parameters() / slots
+        down_s, up_s = bits / setup.down_bit_per_s, bits / setup.up_bit_per_s
+        if frozen:
+            fixed_s, down_s = fixed_s + slots * down_s, 0.0
         fits = [memory_bytes(work) <= setup.usable_bytes for work in works]
-        return Capacity(first - block_s, block_s, fixed_s, slot_s, sum(fits))
+        return Capacity(first - block_s, block_s, fixed_s, down_s + up_s, sum(fits))
 
     def end_of(self, priced: Sequence[Priced]) -> float:
         """Seconds after which the server goes on with what it has."""

@@ -16,17 +16,16 @@ from pydantic import Field, ValidationError, model_validator
 from polyrank.adapter import Form
 from polyrank.aggregation import (
     FOLDING,
+    HOLDERS,
     PRODUCT_SPACE,
     Aggregation,
     Anchored,
     FedAvg,
-    LayerWise,
-    RandomSlots,
     ReplicationPadding,
     Residual,
     Stacking,
 )
-from polyrank.allocation import Allocation, LossBased, Tiers, Uniform
+from polyrank.allocation import Allocation, LossBased, ProgressiveDepth, Tiers, Uniform
 from polyrank.clock import FleetTable
 from polyrank.collect import Failures
 from polyrank.data.partition import Dirichlet, Partition
@@ -211,6 +210,9 @@ class Config(Schema):
     def _starts_sparse(self, moving: bool) -> None:
         """Refuse what has no B to train alone, or would mix it with A."""
         rounds, table = self.training.sparse_rounds, self.adapter
+        if rounds >= self.rounds:
+            allowed = f"must be below rounds = {self.rounds}: both factors train after the sparse stage"
+            raise InputError("training.sparse_rounds", rounds, allowed)
         if table.form != "lora" or table.start != "zero" or self.training.factors != "both":
             allowed = "needs adapter.form = 'lora', adapter.start = 'zero' and training.factors = 'both'"
             raise InputError("training.sparse_rounds", rounds, allowed)
@@ -223,6 +225,9 @@ class Config(Schema):
         policy = self.allocation
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
+        if self.training.factors == "A" and self.adapter.start == "zero":
+            allowed = "needs adapter.start = 'weights': where B or e is zero, A gets no gradient"
+            raise InputError("training.factors", "A", allowed)
         if self.training.orthogonality > 0 and self.adapter.form != "svd":
             allowed = "needs adapter.form = 'svd', whose slots have a size apart from their directions"
             raise InputError("training.orthogonality", self.training.orthogonality, allowed)
@@ -231,10 +236,15 @@ class Config(Schema):
         if self.voting is not None or isinstance(self.aggregation, Stacking):
             allowed = "must be 'zero' under [voting] and 'stacking': a slot would take weights with it"
             raise InputError("adapter.start", "weights", allowed)
-        whole = isinstance(policy, Uniform) and policy.rank is None and policy.depth is None
-        if self.adapter.untrained == "absent" and not whole:
+        everything = isinstance(policy, Uniform) and policy.rank is None and policy.depth is None
+        if everything and self.training.prune_keep is None:
+            return
+        if self.adapter.untrained == "absent":
             allowed = "must be 'zero' where clients hold a part of the slots, or adapter.untrained 'frozen'"
             raise InputError("adapter.start", "weights", allowed)
+        if not isinstance(self.aggregation, HOLDERS):
+            allowed = f"must be 'zero' where clients train a part of the slots and {self.aggregation.kind} "
+            raise InputError("adapter.start", "weights", f"{allowed}takes the others for zero")
 
     def _model_fits(self) -> None:
         """Refuse what would add to weights of few bits."""
@@ -282,6 +292,9 @@ class Config(Schema):
         if self.voting is not None and self.voting.kind == "adalora" and self.adapter.form != "svd":
             allowed = "must be 'svd' for voting.kind = 'adalora', which masks e"
             raise InputError("adapter.form", self.adapter.form, allowed)
+        if isinstance(self.allocation, ProgressiveDepth):
+            allowed = "does not go with [voting]: blocks that nobody has trained yet would be voted out first"
+            raise InputError("allocation.kind", self.allocation.kind, allowed)
         for key, plain in (("factors", "both"), ("prune_keep", None), ("sparse_rounds", 0)):
             if (value := getattr(self.training, key)) != plain:
                 allowed = f"must be {plain!r} under [voting]: a slot keeps its place, and all of it trains"
@@ -327,7 +340,7 @@ class Config(Schema):
     def _averages_holders(self, mode: str) -> None:
         """Refuse rules other than means over the holders of each slot in which all clients weigh the same."""
         rule = self.aggregation
-        if not isinstance(rule, FedAvg | LayerWise | RandomSlots | ReplicationPadding | Anchored):
+        if not isinstance(rule, HOLDERS):
             allowed = (
                 f"must average the holders of each slot under {mode}: fedavg, replication_padding, "
                 "layer_wise, random_slots or anchored in factor space"

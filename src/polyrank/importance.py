@@ -31,7 +31,8 @@ class Scores:
         self._spread: dict[tuple[str, str], Tensor] = {}
 
     def update(self, modules: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-        """Take in one local step: after the backward pass, before the optimiser moves anything."""
+        """Take in one local step: after the backward pass; p before the optimiser moves it, or after, where
+        a mask would else hide p for good."""
         if self.kind == "magnitude":
             return
         for name, parts in modules.items():

@@ -201,7 +201,8 @@ def merge(
     merged = replace(merged, adapter=adapter)
     if fed.private:
         return merged, 0.0
-    return merged, aggregation_error(state.adapter, merged, updates, fed.untrained == "frozen")
+    frozen = fed.untrained == "frozen"
+    return merged, aggregation_error(state.adapter, state.active, merged, updates, frozen)
 
 
 def make_task(

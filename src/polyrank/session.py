@@ -209,10 +209,12 @@ def _steps(tasks: Sequence[TrainTask], environments: Sequence[ClientEnv], traine
             loss.backward()  # type: ignore[no-untyped-call]
             if training.clip_norm > 0:
                 clip_each(parameters, training.clip_norm)
-            if scores is not None:
+            masks = ballot is not None and ballot.masks
+            if scores is not None and not masks:
                 scores.update(trained.factors())
             optimizer.step()
-            if ballot is not None and scores is not None and ballot.masks:
+            if scores is not None and masks:  # e of a masked slot was 0 until this step moved it
+                scores.update(trained.factors())
                 trained.mask_lowest(scores, ballots)
             done = [client for client, plan in enumerate(plans) if step + 1 == len(plan)]
             read |= {client: trained.read(client, scores, ballots[client]) for client in done}
@@ -287,7 +289,8 @@ def _tail_norm(adapter: Adapter, training: Training) -> Tensor:
     norms = []
     for factors in adapter.modules.values():
         tail = ~_head_slots(factors.rank, training.prune_keep)
-        norms.append(factors.B[:, tail].norm() * factors.A[tail].norm())
+        B = factors.B if factors.e is None else factors.B * factors.e
+        norms.append(B[:, tail].norm() * factors.A[tail].norm())
     return torch.stack(norms).sum() if norms else torch.zeros(())
 
 

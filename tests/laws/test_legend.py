@@ -78,16 +78,25 @@ def test_nobody_is_over_its_memory_or_the_deadline_and_all_is_a_top(fleet, polic
 
 @given(fleets, policies)
 def test_the_choice_is_the_best_of_all_that_keep_to_the_limits(fleet, policy):
-    choice = policy.choose(state(fleet))
-    slowest = max(choice.seconds)
-    waits = slowest - float(np.mean(choice.seconds)) > policy.max_waiting * slowest
-    held_by = sum(depth == BLOCKS for depth in choice.depth)
-    if waits or held_by < policy.min_holders:
-        for ranks, held in policy._schedules(state(fleet)):
-            for other in options_of(ranks, held, fleet, 1):
-                worst = max(other.seconds)
-                too_long = worst - float(np.mean(other.seconds)) > policy.max_waiting * worst
-                assert too_long or sum(d == BLOCKS for d in other.depth) < policy.min_holders
+    """Those that break a limit come after all that keep them; then rounds times seconds decide."""
+
+    def loss(option, held):
+        slowest = max(option.seconds)
+        waits = slowest - float(np.mean(option.seconds)) > policy.max_waiting * slowest
+        holders = sum(depth == BLOCKS for depth in option.depth)
+        trained = float(np.mean([held[depth - 1] for depth in option.depth]))
+        return waits or holders < policy.min_holders, slowest / trained**policy.rounds_power
+
+    chosen, losses = policy.choose(state(fleet)), []
+    own = None
+    for ranks, held in policy._schedules(state(fleet)):
+        for option in options_of(ranks, held, fleet, 1):
+            losses.append(loss(option, held))
+            own = losses[-1] if option == chosen else own
+    breaks, cost = min(losses)
+    assert own is not None
+    assert own[0] == breaks
+    assert own[1] == pytest.approx(cost, rel=1e-8)
 
 
 @given(fleets, policies, st.floats(0.1, 200))
@@ -180,6 +189,23 @@ def test_after_a_vote_the_active_slots_are_the_ranks():
     assert ranks_by_block(shallow) == [[0, 0], [0, 0], [0, 0], [6, 5]]
     opening = Legend(rank_budget=8, slopes=(1.0,), max_waiting=1).opening(state(fleet))
     assert [pair[0] for pair in ranks_by_block(opening)] == sorted(schedule(4, 8, 1.0, 6))
+
+
+@given(fleets, fleets, policies)
+def test_where_devices_vote_the_first_ranks_stay_and_depths_alone_are_chosen(fleet, later, policy):
+    """Before anybody has voted, too, whatever is learned of the devices meanwhile."""
+    opening = policy.opening(state(fleet))
+    now = dataclasses.replace(state(later), active=opening)
+    ranks = ranks_by_block(opening)
+    for mask in policy.allocate(now, list(now.clients)).values():
+        held = ranks_by_block(mask)
+        depth = sum(block != [0, 0] for block in held)
+        assert held == [[0, 0]] * (BLOCKS - depth) + ranks[BLOCKS - depth :]
+
+
+def test_uniform_opens_with_what_is_held():
+    opening = Uniform(rank=2, depth=3).opening(state([]))
+    assert ranks_by_block(opening) == [[0, 0], [2, 2], [2, 2], [2, 2]]
 
 
 def test_uniform_at_the_weakest_device_and_at_a_depth():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -198,6 +199,20 @@ def test_two_ranks_make_top_and_cascade_the_same(seeds, form, low, is_high):
     cascade = ReplicationPadding().aggregate(state, updates).adapter
     top = ReplicationPadding(fill="top").aggregate(state, updates).adapter
     assert largest_difference(cascade, top) < 1e-5
+    weights = client_weights(updates, "examples")
+    high = [(u, w) for u, w, most in zip(updates, weights, is_high, strict=False) if most]
+    for (name, factors), part in itertools.product(top.modules.items(), ("B", "A")):
+        if not high:
+            continue
+        mass = sum(w for _, w in high)
+        full = sum(w / mass * getattr(u.adapter.modules[name], part) for u, w in high)  # X_H
+        mean = torch.zeros_like(full)
+        for update, weight in zip(updates, weights, strict=True):
+            own = getattr(update.adapter.modules[name], part)
+            padded = full.clone()  # X~_k: what a client lacks is that of X_H
+            padded[: own.shape[0], : own.shape[1]] = own
+            mean += weight * padded
+        assert torch.allclose(getattr(factors, part), mean, atol=1e-5)
 
 
 # --- product space ---------------------------------------------------------------------------
@@ -302,9 +317,11 @@ def test_the_error_is_the_dense_distance(seeds, form, ranks):
             mean = sum(w * product for w, product in zip(weights, products, strict=True))
             far += float((served(merged, name) - mean).double().square().sum())
             near += float(mean.double().square().sum())
-        assert aggregation_error(bank, merged, updates, False) == pytest.approx((far / near) ** 0.5, abs=1e-3)
+        assert aggregation_error(bank, full_mask(bank), merged, updates, False) == pytest.approx(
+            (far / near) ** 0.5, abs=1e-3
+        )
         if isinstance(rule, Stacking):
-            assert aggregation_error(bank, merged, updates, False) < 1e-5
+            assert aggregation_error(bank, full_mask(bank), merged, updates, False) < 1e-5
 
 
 # --- the round in which nobody learns anything --------------------------------------------------

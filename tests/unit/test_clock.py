@@ -32,7 +32,7 @@ def simulated(name="jetson80", stores=True, **changes):
         client: dataclasses.replace(
             record,
             device=clock.roster.device_of(client),
-            capacity=clock.register(client, state.adapter, fed.training),
+            capacity=clock.register(client, state.adapter, fed.training, fed.untrained == "frozen"),
         )
         for client, record in state.clients.items()
     }
@@ -122,12 +122,16 @@ def test_the_server_learns_how_fast_devices_are():
         )
 
 
-def test_what_a_device_says_of_itself_is_what_it_takes():
-    fed, state = simulated()
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("untrained", ["absent", "frozen"])
+def test_what_a_device_says_of_itself_is_what_it_takes(depth, untrained):
+    changes = {"allocation": Uniform(depth=depth), "untrained": untrained}
+    fed, state = simulated(stores=untrained == "frozen", **changes)  # frozen adapters keep it from storing
     for client, record in state.clients.items():
         _, round_ = federated_round(fed, state)
         reply = next(reply for reply in round_.replies if reply.client == client)
-        assert record.capacity.seconds(2, reply.slots) == pytest.approx(reply.priced.cost.total_s, rel=0.1)
+        told = record.capacity.seconds(depth, reply.slots)
+        assert told == pytest.approx(reply.priced.cost.total_s, rel=0.1)
         assert record.capacity.max_depth == 2
 
 

@@ -105,6 +105,7 @@ def test_rules_that_mix_the_factors_need_both():
         ("training.factors=B", "training.factors = 'B': must be 'both' under .voting."),
         ("adapter.start=weights", "adapter.start = 'weights': must be 'zero' under .voting."),
         ("training.sparse_rounds=2", "training.sparse_rounds = 2: needs adapter.form = 'lora'"),
+        ("allocation={kind='progressive_depth'}", "allocation.kind = 'progressive_depth': does not go"),
         (
             "training={sparse_rounds=2, factors='both'}",
             "training.sparse_rounds = 2: must be 0 under .voting.",
@@ -131,6 +132,35 @@ def test_slots_that_took_over_weights_are_held_by_all(settings):
         load_config(None, ["method=federa", *settings])
     if "stacking" not in settings[0]:
         load_config(None, ["method=federa", "adapter.untrained=frozen", *settings])
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["training.prune_keep=0.5", "aggregation.kind=layer_wise"], "where clients hold a part"),
+        (
+            [
+                "allocation={kind='tiers', tiers=[{rank=2, share=1.0}]}",
+                "aggregation.kind=zero_padding",
+                "adapter.untrained=frozen",
+            ],
+            "zero_padding takes the others for zero",
+        ),
+    ],
+)
+def test_weights_that_slots_took_over_are_not_given_up(settings, line):
+    with pytest.raises(InputError, match=f"adapter.start = 'weights': must be 'zero' .*{line}"):
+        load_config(None, ["method=federa", *settings])
+    load_config(None, ["method=federa", "adapter.start=zero", *settings])
+
+
+def test_a_stage_of_training_that_would_train_nothing():
+    with pytest.raises(InputError, match="training.factors = 'A': needs adapter.start = 'weights'"):
+        load_config(None, ["training.factors=A"])
+    load_config(None, ["method=federa", "training.factors=A"])
+    with pytest.raises(InputError, match="training.sparse_rounds = 6: must be below rounds = 6"):
+        load_config(None, ["method=slora", "rounds=6", "training.sparse_rounds=6"])
+    load_config(None, ["method=slora", "rounds=6", "training.sparse_rounds=5"])
 
 
 def test_steps_and_epochs_exclude_each_other():

@@ -262,6 +262,26 @@ def test_everybody_votes_for_a_number_of_its_own(kind):
             assert sum(int((f.e != 0).sum()) for f in one.adapter.modules.values()) == 2 + place
 
 
+def test_a_slot_that_adalora_masks_may_come_back():
+    model = tiny_model()
+    (task, *_), (env, *_) = cohort(model, "svd", optimizer="adamw", learning_rate=0.05, batch_size=1)
+    start = {n: dataclasses.replace(f, e=torch.zeros_like(f.e)) for n, f in task.adapter.modules.items()}
+    task = dataclasses.replace(
+        task, adapter=Adapter("svd", start), ballot=Ballot(3, "sensitivity", 0.85, masks=True)
+    )
+
+    def kept(steps):
+        after = dataclasses.replace(task, training=task.training.model_copy(update={"local_steps": steps}))
+        modules = train(after, env).adapter.modules
+        return torch.cat([factors.e != 0 for factors in modules.values()])
+
+    by_steps = [kept(steps) for steps in (1, 6, 12)]
+    assert all(int(held.sum()) == 3 for held in by_steps)
+    assert not all(torch.equal(held, by_steps[0]) for held in by_steps)
+    first = torch.arange(len(by_steps[0])) < 3
+    assert not torch.equal(by_steps[0], first)  # what no gradient spoke for goes by its place
+
+
 def test_what_does_not_train_gets_no_gradient():
     model = tiny_model()
     tasks, _ = cohort(model)

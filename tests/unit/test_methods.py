@@ -194,6 +194,13 @@ def test_what_self_pruning_measures_is_on_the_device_of_the_factors():
     assert float(_tail_norm(Adapter("lora", {}), Training(prune_keep=0.5))) == 0
 
 
+def test_what_self_pruning_measures_counts_the_sizes_of_slots():
+    parts = {"B": torch.ones(4, 2), "A": torch.ones(2, 4)}
+    for e, norm in ((None, 4.0), (torch.tensor([9.0, 0.5]), 2.0), (torch.zeros(2), 0.0)):
+        adapter = Adapter("lora" if e is None else "svd", {"q": Factors(**parts, scale=1.0, e=e)})
+        assert float(_tail_norm(adapter, Training(prune_keep=0.5))) == norm
+
+
 def test_self_pruning_shortens_a_client_for_good():
     training = Training(local_steps=2, batch_size=3, learning_rate=0.01, prune_keep=0.67, prune_penalty=50.0)
     fed, state = federation(training=training, aggregation=NormWeighted())

@@ -234,6 +234,6 @@ def test_the_error_reads_each_update_once_and_holds_few():
     bank, updates = random_adapter(99, RANK), Decoded(5 * GROUP, RANK)
     merged = FedAvg().aggregate(state_of(bank), updates)
     updates.read, updates.most = [], 0
-    assert aggregation_error(bank, merged, updates, False) > 0
+    assert aggregation_error(bank, full_mask(bank), merged, updates, False) > 0
     assert updates.read == list(range(5 * GROUP))
     assert updates.most <= 2

@@ -44,11 +44,15 @@ Aggregation = Annotated[
 PRODUCT_SPACE = (Stacking, SvdRedistribution, RankPartition)
 """Rules whose slots change their coordinates every round."""
 
+HOLDERS = (FedAvg, LayerWise, RandomSlots, ReplicationPadding, Anchored)
+"""Rules that average each slot over those who hold it."""
+
 FOLDING = (Stacking, Residual)
 """Rules that add to the frozen weights."""
 
 __all__ = [
     "FOLDING",
+    "HOLDERS",
     "PRODUCT_SPACE",
     "Aggregated",
     "Aggregation",

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from polyrank.adapter import Adapter, Factors
+from polyrank.adapter import Adapter, Factors, RankMask
 from polyrank.aggregation.base import Aggregated
 from polyrank.messages import ClientUpdate
 
 
 def aggregation_error(
-    bank: Adapter, merged: Aggregated, updates: Iterable[ClientUpdate], frozen: bool
+    bank: Adapter, active: RankMask, merged: Aggregated, updates: Iterable[ClientUpdate], frozen: bool
 ) -> float:
     """|served - mean| / |mean| over all modules, in the Frobenius norm of the products.
 
@@ -22,6 +22,7 @@ def aggregation_error(
     of the next bank, with what was folded into the frozen weights this round. Each update is read once.
 
     Args:
+        active: the slots that are in use; those that were voted out are in nobody's model.
         frozen: whether the clients' models also held the bank's other slots.
     """
     sums = {name: ProductSum(f.B.shape[0], f.A.shape[1]) for name, f in bank.modules.items()}
@@ -32,16 +33,16 @@ def aggregation_error(
         for name, factors in update.adapter.modules.items():
             sums[name].add(factors, update.num_examples)
         for name in bank.modules if frozen else ():
-            absent[name] += update.num_examples * ~update.mask[name]
+            absent[name] += update.num_examples * (active[name] & ~update.mask[name])
     far = near = 0.0
     for name in bank.modules:
         total = sums.pop(name)
         if frozen:
             total.add(bank.modules[name], absent[name])
         near += total.squared_norm()
-        for served in (merged.adapter, merged.fold):
-            if served is not None and name in served.modules:
-                total.add(served.modules[name], -whole)
+        total.add(merged.adapter.modules[name], -whole * active[name])
+        if merged.fold is not None and name in merged.fold.modules:
+            total.add(merged.fold.modules[name], -whole)
         far += total.squared_norm()
     return (far / near) ** 0.5 if near > 0 else 0.0
 

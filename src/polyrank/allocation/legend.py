@@ -136,7 +136,7 @@ class Legend(Schema):
         levels = _levels(state)
         modules = np.bincount(list(levels.values()))
         blocks, most = len(modules), min(factors.rank for factors in state.adapter.modules.values())
-        if state.shares:  # devices have voted: what is active is what there is
+        if not all(bool(held.all()) for held in state.active.values()):  # devices vote: that is what there is
             slots = np.zeros(blocks, dtype=np.int64)
             np.add.at(slots, list(levels.values()), [int(held.sum()) for held in state.active.values()])
             yield [_above(blocks, k, [most] * k) for k in range(1, blocks + 1)], slots[::-1].cumsum()

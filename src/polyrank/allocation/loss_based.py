@@ -7,9 +7,9 @@ clients by the validation loss of their models, and the best get the high rank.
 
 Differs (our reconstruction): in round 0 all clients train and are scored, though only the sampled cohort is
 aggregated, so that nobody is ranked unseen; their bytes count. ``score = "server"`` measures on texts the
-server keeps, ``"client"`` takes the last training loss that the client reports. Fixed afterwards, unless
-``reallocate_every`` asks for a new scoring every so many rounds. A slot that is new to a client has A
-random and B = 0 in the bank, so that its function does not jump.
+server keeps, ``"client"`` takes the mean training loss of its session, which the client reports. Fixed
+afterwards, unless ``reallocate_every`` asks for a new scoring every so many rounds. A slot that is new to a
+client has A random and B = 0 in the bank, so that its function does not jump.
 """
 
 from __future__ import annotations

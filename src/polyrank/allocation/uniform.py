@@ -36,18 +36,15 @@ class Uniform(Schema):
         return self.rank
 
     def opening(self, state: ServerState) -> RankMask:
-        """The slots that are active from the start where devices vote: those of the blocks that are held."""
-        return state.active if self.depth is None else top_blocks(state.active, self._blocks(state))
+        """The slots that are active from the start where devices vote: those that are held."""
+        mask = state.active if self.rank is None else best_slots(state, self.rank)
+        if self.depth is None:
+            return mask
+        return top_blocks(mask, weakest(state) if self.depth == "weakest" else self.depth)
 
     def allocate(self, state: ServerState, cohort: Sequence[ClientId]) -> Mapping[ClientId, RankMask]:
-        mask = state.active if self.rank is None else best_slots(state, self.rank)
-        if self.depth is not None:
-            mask = top_blocks(mask, self._blocks(state))
-        return dict.fromkeys(cohort, mask)
-
-    def _blocks(self, state: ServerState) -> int:
-        assert self.depth is not None
-        return weakest(state) if self.depth == "weakest" else self.depth
+        """What is active and held, the same for everybody."""
+        return dict.fromkeys(cohort, self.opening(state))
 
 
 def weakest(state: ServerState) -> int:
