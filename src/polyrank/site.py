@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,9 @@ from polyrank.session import ClientEnv, ClientError
 from polyrank.tables import as_input_error, read_toml
 from polyrank.wire import decode_task, task_bytes
 
+_log = logging.getLogger("polyrank")
 Count = Annotated[int, Field(ge=1)]
+_LONGEST_LABEL = 40
 MAX_TEXTS = 10**8
 """A site's own word for how many texts it has decides its weight in a mean, so there is an end to it."""
 
@@ -187,11 +190,12 @@ class Site:
     def _environment(self, name: ClientId, terms: Terms) -> ClientEnv:
         texts = read_texts(self.table.data, terms)  # a defect is told before a model is loaded
         wanted = self.table.model
-        shown, device = Path(wanted.name).name, pick_device(self.table.device)  # no path leaves the site
+        shown, device = Path(wanted.name).name, pick_device(self.table.device)
         try:
             model = _load(wanted.name, terms, device)
+            encoded = ENCODERS[terms.task](texts, model.tokenizer, terms.max_length)
         except InputError as error:
-            raise InputError(error.key, shown, error.allowed.replace(wanted.name, shown)) from None
+            raise _for_the_server(error, shown) from None
         self.loads += 1
         model = replace(model, skips=can_skip(model))
         if wanted.sha256 is not None and (found := weights_sha256(model.source)) != wanted.sha256:
@@ -199,7 +203,6 @@ class Site:
         agree("model.name", model.digest, terms.digest, f"base model {terms.model}")
         agree("model.name", tokenizer_digest(model.tokenizer), terms.tokenizer, f"tokenizer of {terms.model}")
         train, holdout = kept_aside(len(texts), terms, name)
-        encoded = ENCODERS[terms.task](texts, model.tokenizer, terms.max_length)
         cache = temporary_cache(self.table.prefix_gb, terms.prefix_dtype)
         aside = encoded.select(holdout) if holdout else None
         return ClientEnv(model, encoded.select(train), aside, list(model.folded), cache)
@@ -237,9 +240,22 @@ def read_texts(data: SiteData, terms: Terms) -> Texts:
     try:
         return load_file(Path(data.source), "data.source", data.columns, terms.labels, terms.task)
     except InputError as error:
-        if error.value != data.source:
-            raise
-        raise InputError(error.key, Path(data.source).name, error.allowed) from None  # the path stays here
+        columns = (*_names(data.text), data.label, *_names(data.prompt), data.response, data.messages)
+        shown = Path(data.source).name if error.value == data.source else error.value
+        if isinstance(shown, str) and shown not in columns and len(shown) > _LONGEST_LABEL:
+            shown = "(a longer text)"  # as where the label's column is given as that of the texts
+        raise _for_the_server(error, shown) from None
+
+
+def _for_the_server(error: InputError, shown: object) -> InputError:
+    """The same without what only the site may know: paths, and rows of its file in the words of a library.
+
+    Args:
+        shown: stands for the value.
+    """
+    _log.error("polyrank: %s", error)
+    allowed = error.allowed if error.__cause__ is None else "cannot be used; the site's own log says why"
+    return InputError(error.key, shown, allowed)
 
 
 def check_readable(table: SiteTable) -> None:

@@ -159,6 +159,25 @@ def test_what_a_site_tells_of_a_missing_file_holds_no_path(folder):
     assert str(folder) not in line
 
 
+def test_what_a_site_tells_of_its_rows_holds_none_of_them(folder, caplog):
+    rows = "text,label\nall is well,kind 0\nDear Dr. Smith, my result, is bad,kind 1\n"
+    path = folder / "site-a" / "broken.csv"
+    path.write_text(rows)
+    line = refused(folder, "data.source", data__source=str(path))
+    assert line == "data.source = 'broken.csv': cannot be used; the site's own log says why"
+    assert "Dear Dr. Smith" in caplog.text
+    line = refused(folder, "data.label", data__label="body")  # the texts, taken for labels
+    assert line.startswith("data.label = '(a longer text)': unknown label")
+
+
+def test_what_a_site_tells_of_its_model_holds_no_path(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    for name in ("~/empty", str(folder / "empty")):
+        (folder / "empty").mkdir(exist_ok=True)
+        line = refused(folder, "model.name", model__name=name)
+        assert line == "model.name = 'empty': cannot be used; the site's own log says why"
+
+
 def test_prompts_and_responses_are_found_or_named_before_the_server_is_asked(folder):
     path = folder / "site-a" / "speaker.toml"
     check_readable(read_table(path))
