@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.errors import InputError
+from polyrank.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from polyrank.config import Config
@@ -26,7 +26,9 @@ def provision(
     project: Annotated[str, typer.Argument(help="Name of the federation.")],
     server: Annotated[str, typer.Option(help="Host name by which sites reach the server.")],
     site: Annotated[list[str], typer.Option(help="Name of a site; once for each.")],
-    port: Annotated[int, typer.Option(help="The one port that the server listens on.")] = 8002,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="The one port that the server listens on.")
+    ] = 8002,
     out: Annotated[Path | None, typer.Option(help="A new folder; else named as the project.")] = None,
 ) -> None:
     """Make start-up kits with certificates: one for the server, one per site, one to start runs."""
@@ -130,7 +132,11 @@ def _become(role: str, kit: Path, more: str, settings: dict[str, Any], most_byte
 
     module, file = f"nvflare.private.fed.app.{role}.{role}_train", f"fed_{role}.json"
     words = ["-m", module, "-m", str(kit.resolve()), "-s", file, "--set", "secure_train=true"]
-    restrict(kit)
+    try:
+        restrict(kit)
+    except (OSError, ValueError, KeyError) as error:
+        allowed = f"cannot be started by this user, or is not whole ({first_line(error)})"
+        raise InputError("KIT", str(kit), allowed) from error
     for name, value in settings_for(role, most_bytes).items():
         os.environ.setdefault(name, value)
     words += [*([more] if more else []), "org=polyrank", "config_folder="]

@@ -111,7 +111,8 @@ def collect_quorum(
         good = {reply.client for reply in replies if reply.learned is not None and reply.counts}
         if len(good) >= needed:
             return _in_order(replies, [*asked, *spares])
-        failed = [client for client in wave if client in counting and client not in good]
+        failed = [client for client in received.attempts if client in counting and client not in good]
+        failed.sort(key=lambda client: received.attempts[client])  # the one that was asked least, first
         fresh = [client for client in spares if client not in received.attempts]
         wave = [*fresh, *failed][: len(cohort) - len(good)]
         counting |= set(wave)

@@ -219,11 +219,11 @@ def finish(
 
 
 def close_folder(folder: RunFolder) -> None:
-    """The last steps of a finished run: its report, and no more of what only a resume needs."""
+    """The last steps of a finished run: what only a resume needs goes, and its report comes."""
     with durable.disk_errors(folder.path):
-        write_report(folder)
         for name in (CHECKPOINTS, JOURNAL):
             durable.drop_folder(folder.path / name)
+        write_report(folder)
 
 
 def _majority(experiment: Experiment) -> dict[str, float]:

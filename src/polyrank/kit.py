@@ -95,7 +95,7 @@ def check_kit(kit: Path, settings: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise InputError("KIT", str(kit), f"holds no startup/{path.name}, so it cannot show who it is")
     host, _, port = str(settings["servers"][0]["service"]["target"]).rpartition(":")
-    defect = _wrong_with(own, root)
+    defect = wrong_with(own, root)
     if defect is None:
         try:
             context = ssl.create_default_context(cafile=root)
@@ -108,7 +108,7 @@ def check_kit(kit: Path, settings: Mapping[str, Any]) -> None:
         raise InputError("KIT", str(kit), defect)
 
 
-def _wrong_with(own: Path, root: Path) -> str | None:
+def wrong_with(own: Path, root: Path) -> str | None:
     """What is wrong with a certificate, as far as it shows without the server."""
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature
@@ -116,10 +116,11 @@ def _wrong_with(own: Path, root: Path) -> str | None:
     try:
         shown, signer = (x509.load_pem_x509_certificate(path.read_bytes()) for path in (own, root))
         shown.verify_directly_issued_by(signer)
-    except (InvalidSignature, ValueError) as error:
+    except (InvalidSignature, OSError, ValueError) as error:
         return f"startup/{own.name} is no certificate under startup/{root.name} ({first_line(error)})"
     if datetime.datetime.now(datetime.UTC) > shown.not_valid_after_utc:
-        return f"startup/{own.name} expired on {shown.not_valid_after_utc:%Y-%m-%d}; provision the site anew"
+        day = f"{shown.not_valid_after_utc:%Y-%m-%d}"
+        return f"startup/{own.name} expired on {day}; `polyrank provision` makes new kits"
     return None
 
 

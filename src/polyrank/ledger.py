@@ -125,6 +125,9 @@ def create_run_folder(out: Path | None, stem: str) -> RunFolder:
             durable.make_folder(path)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            allowed = f"cannot be made ({error.strerror}); name another"
+            raise InputError("--out", str(path), allowed) from error
         else:
             return RunFolder(path, durable.lock(path))
 

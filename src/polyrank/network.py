@@ -43,6 +43,7 @@ SITE_VARIABLE, DEVICE_VARIABLE = "POLYRANK_SITE", "POLYRANK_DEVICE"
 SITES, ENDED, PAUSE, JOB = "sites.json", "ended.json", "pause", "job.json"
 """In the run folder: what the sites said of themselves; why a job ended; a wish to end after this round; the
 job that works on it, or did last."""
+SIZES = "num_examples", "num_tokens", "num_taught"
 _JOIN_S, _LOCK_S = 600.0, 10.0
 _START_S = 120
 """For the sites' processes of a job to import what they need; FLARE ends a job when one takes longer."""
@@ -137,7 +138,7 @@ class ServerEnd:
     def main(self) -> None:
         """Go on with the run, and leave in its folder how this ended; where it cannot, in the job's log."""
         folder = RunFolder(Path(self.run))
-        code, line = 0, ""
+        code, line, wrong = 0, "", None
         try:
             proxies = {site.name: site for site in collab.clients}
             gone = sorted(set(self.sites) - set(proxies))
@@ -150,7 +151,7 @@ class ServerEnd:
             if durable.is_taken(error):  # by another job, and how that one ends is for it to say
                 _log.error("polyrank: %s", error)
                 return
-            code, line = 2, str(error)
+            code, line, wrong = 2, str(error), [error.key, _plain(error.value), error.allowed]
         except RunError as error:
             code, line = 1, str(error)
         except Exception as error:
@@ -158,14 +159,19 @@ class ServerEnd:
             _log.exception("polyrank: the job ends")
         if line:
             _log.error("polyrank: %s", line)
-        folder.write(ENDED, {"code": code, "line": line})
+        folder.write(ENDED, {"code": code, "line": line, **({} if wrong is None else {"input": wrong})})
+
+
+def _plain(value: object) -> object:
+    """A value that JSON can hold."""
+    return value if isinstance(value, str | int | float | list | None) else str(value)
 
 
 def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any], job: str) -> None:
     reopened = _opened(folder.path)
     if reopened.summary is not None:
         return
-    folder.write(JOB, {"job": job})
+    folder.write(JOB, {"job": job, "complaints": reopened.complaints})
     engine = read_config(folder).engine
     assert isinstance(engine, Flare)
     network = Sites(sites, folder, engine.deadline_s)
@@ -222,8 +228,7 @@ class Sites:
         population = [Client(name, row["num_examples"]) for name, row in rows.items()]
         proxies = {name: self.proxies[name] for name in here}
         engine = FlareEngine(population, proxies, self.deadline_s, RunAborted)
-        keys = ("num_examples", "num_tokens", "num_taught")
-        return engine, {name: TextSizes(*(row[key] for key in keys)) for name, row in rows.items()}
+        return engine, {name: TextSizes(*(row[key] for key in SIZES)) for name, row in rows.items()}
 
     def ask_again(self) -> None:
         """Note what the sites say of themselves at the end: the process and the loads that the run took."""
@@ -260,10 +265,12 @@ class Sites:
             raise
         except Exception as failure:  # a site's trouble is not the run's
             return first_line(failure)
-        before = registered.get(name, {}).get("num_examples")
-        if registered and joined.num_examples != before:
-            return f"has {joined.num_examples} texts, and the run began with {before}"
-        return joined
+        before = registered.get(name, {})
+        if registered and joined.num_examples != before.get("num_examples"):
+            return f"has {joined.num_examples} texts, and the run began with {before.get('num_examples')}"
+        if registered and any(getattr(joined, key) != before.get(key) for key in SIZES):
+            return "has other texts than the run began with"
+        return joined.model_copy(update={"device": printable(joined.device, 100)})
 
 
 def write_job(run: Path, sites: list[ClientId], out: Path) -> None:

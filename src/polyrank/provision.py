@@ -19,7 +19,8 @@ from polyrank.errors import InputError
 from polyrank.remote import ADMIN, FEDERATION
 
 _ORGANISATION = "polyrank"
-_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_HOST = re.compile(rf"(?=.{{1,63}}$){_NAME.pattern}(\.{_NAME.pattern})*")
 
 
 def provision(project: str, server: str, sites: Sequence[str], out: Path, port: int = 8002) -> list[Path]:
@@ -29,16 +30,24 @@ def provision(project: str, server: str, sites: Sequence[str], out: Path, port: 
         server: the host name or address by which sites and administrator reach the server.
         out: a new folder; its ``private`` part holds the key of the root and belongs to no one else.
 
-    Raises: InputError when a name cannot be used or ``out`` exists.
+    Raises: InputError when a name cannot be used, or ``out`` exists or cannot be made.
     """
-    for key, names in (("PROJECT", [project]), ("--server", [server]), ("--site", sites)):
+    for key, names in (("PROJECT", [project]), ("--server", [server])):
         for name in names:
-            if not _NAME.fullmatch(name):
+            if not _HOST.fullmatch(name):
                 raise InputError(key, name, "must be lower-case letters, digits, '-' and '.', at most 63")
-    if not sites or len(set(sites)) < len(sites) or {server, "server", "admin"} & set(sites):
-        raise InputError("--site", list(sites), "name each site once, and none as the server")
+    for name in sites:
+        if not _NAME.fullmatch(name):
+            raise InputError("--site", name, "must be lower-case letters, digits and '-', at most 63")
+    if not sites or len(set(sites)) < len(sites) or {server, "server", "admin", "private"} & set(sites):
+        allowed = "name each site once, and none as the server, 'server', 'admin' or 'private'"
+        raise InputError("--site", list(sites), allowed)
     if kind_at(out) != "nothing":
         raise InputError("--out", str(out), "exists already; name a new folder, nothing was overwritten")
+    try:
+        (out / "private").mkdir(parents=True)
+    except OSError as error:
+        raise InputError("--out", str(out), f"cannot be made ({error.strerror})") from error
     made = _build(project, server, sites, out / "private", port)
     kits = {"server": made / server, "admin": made / ADMIN, **{site: made / site for site in sites}}
     for name, kit in kits.items():
@@ -65,7 +74,6 @@ def _build(project: str, server: str, sites: Sequence[str], workspace: Path, por
         plan.add_client(site, _ORGANISATION, {})
     plan.add_admin(ADMIN, _ORGANISATION, {"role": "project_admin"})
     builders = [WorkspaceBuilder(), StaticFileBuilder(scheme="grpc"), CertBuilder(), SignatureBuilder()]
-    workspace.mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()):
         context = Provisioner(str(workspace), builders).provision(plan)
     return Path(context["current_prod_dir"])

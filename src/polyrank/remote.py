@@ -23,9 +23,12 @@ from polyrank import durable
 from polyrank.config import Config, Flare
 from polyrank.errors import InputError, RunError, first_line, printable
 from polyrank.export import read_config
+from polyrank.kit import wrong_with
 from polyrank.ledger import RunFolder, create_run_folder
 from polyrank.messages import ClientId
 from polyrank.network import ENDED, JOB, PAUSE, SITES, write_job
+from polyrank.report import REPORT
+from polyrank.restart import reopen
 from polyrank.sampling import expected_share
 
 ADMIN = "admin@polyrank.local"
@@ -100,13 +103,15 @@ class Admin:
 def kit_sites(kit: Path) -> list[ClientId]:
     """The sites that a federation was made for.
 
-    Raises: InputError when the folder is no administrator's kit.
+    Raises: InputError when the folder is no administrator's kit, or its certificate has run out.
     """
     try:
         found: list[ClientId] = json.loads((kit / FEDERATION).read_text(encoding="utf-8"))["sites"]
     except (OSError, ValueError, KeyError) as error:
         allowed = "is no administrator's kit; `polyrank provision` makes one"
         raise InputError("engine.kit", str(kit), allowed) from error
+    if (defect := wrong_with(kit / "startup" / "client.crt", kit / "startup" / "rootCA.pem")) is not None:
+        raise InputError("engine.kit", str(kit), defect)
     return found
 
 
@@ -114,10 +119,12 @@ def open_remote(config: Config, out: Path | None) -> RunFolder:
     """A new run folder with its config in it; what lies on this machine is named in full."""
     assert isinstance(config.engine, Flare)
     kit_sites(Path(config.engine.kit))
-    changes = {
+    changes: dict[str, Any] = {
         "engine": config.engine.model_copy(update={"kit": str(Path(config.engine.kit).resolve())}),
         "data": config.data.model_copy(update={"test": str(Path(config.data.test or "").resolve())}),
     }
+    if config.fleet is not None and Path(config.fleet.name).is_file():
+        changes["fleet"] = config.fleet.model_copy(update={"name": str(Path(config.fleet.name).resolve())})
     if Path(config.model.name).is_dir():
         changes["model"] = config.model.model_copy(update={"name": str(Path(config.model.name).resolve())})
     folder = create_run_folder(out, f"{config.method}-network")
@@ -184,6 +191,9 @@ def follow(path: Path) -> Iterator[dict[str, Any]]:
         raise
     finally:
         admin.close()
+    if not (folder.path / REPORT).exists():  # the job ended between the two
+        _wait_for_lock(folder.path)
+        reopen(folder.path)
     yield folder.read("summary.json")
 
 
@@ -208,6 +218,9 @@ def _stretch(run: Following) -> Iterator[dict[str, Any]]:
             return
     before = _stamp(path)
     yield from _watch(run, sites)
+    found = run.folder.read(JOB) if (path / JOB).exists() else {}
+    for line in found.get("complaints", ()) if found.get("job") == run.job else ():
+        _tell(line)
     if _stamp(path) == before and run.behind:
         _tell(f"{', '.join(sorted(run.behind))} did not come up, and is left out for {_LEFT_OUT_S:.0f} s")
         run.left_out |= dict.fromkeys(run.behind, time.monotonic() + _LEFT_OUT_S)
@@ -319,15 +332,12 @@ def _why_it_ended(run: Following) -> str:
     Raises: InputError when the job found something wrong that no further try would mend.
     """
     if not (run.folder.path / ENDED).exists():
-        if run.begun:
-            return "the job was cut off"
+        why = "the job was cut off" if run.begun else "the job did not begin"
         said = run.admin.last_words(run.job) if run.job else ""
-        return f"the job did not begin: {said}" if said else "the job did not begin"
+        return f"{why}: {said}" if said else why
     ended = run.folder.read(ENDED)
     if ended["code"] == 2:
-        key, _, rest = str(ended["line"]).partition(" = ")
-        value, _, allowed = rest.partition(": ")
-        raise InputError(key, value.strip("'"), allowed)
+        raise InputError(*ended["input"])
     return str(ended["line"])
 
 

@@ -139,7 +139,7 @@ class Joined(Schema):
     num_tokens: Annotated[Count, Field(le=10**6 * MAX_TEXTS)]
     num_taught: Annotated[Count, Field(le=10**6 * MAX_TEXTS)]
     num_holdout: Annotated[int, Field(ge=0, le=MAX_TEXTS)]
-    device: str
+    device: Annotated[str, Field(max_length=200)]
     threads: int
     pid: int
     loads: int

@@ -58,6 +58,8 @@ MAX_REPLY_HEADER = 8192
 ALL_PARTS = frozenset({"B", "e", "A"})
 _METADATA = "polyrank"
 _DIGEST_BYTES = 16
+_DRAWN_BYTES = 12
+"""For each number of a drawn A: itself in float32, and a whole number where it picks columns."""
 
 
 class WireError(ValueError):
@@ -156,7 +158,7 @@ def task_bytes(data: bytes) -> int:
         body = data[_DIGEST_BYTES + 8 : _DIGEST_BYTES + 8 + size]
         meaning = json.loads(json.loads(body)["__metadata__"][_METADATA])
         drawn = sum(abs(in_ * slots) for _, _, in_, _, slots in meaning["modules"])
-        return len(data) + (4 * int(drawn) if "drawn" in meaning else 0)
+        return len(data) + (_DRAWN_BYTES * int(drawn) if "drawn" in meaning else 0)
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise WireError(f"not a task: {error}") from error
 
@@ -333,12 +335,11 @@ def _adapter_schema(form: Any, table: Sequence[Sequence[Any]], ranks: Mapping[st
 
 def _with_drawn_a(schema: Adapter, table: Any, mask: RankMask, draw: Draw) -> Adapter:
     """The schema with A as it was drawn for the whole bank."""
-    shapes = {name: (out, in_) for name, out, in_, _, _ in table if name in schema.modules}
+    widths = {name: in_ for name, _, in_, _, _ in table}
     modules = {}
     for name, factors in schema.modules.items():
-        slots = mask[name].numel()
-        out, in_ = shapes[name]
-        whole = Factors(torch.empty(out, slots, device="meta"), torch.empty(slots, in_, device="meta"), 1.0)
+        slots, in_ = mask[name].numel(), widths[name]
+        whole = Factors(torch.empty(0, slots, device="meta"), torch.empty(slots, in_, device="meta"), 1.0)
         bank = fresh_slots(Adapter(schema.form, {name: whole}), draw)
         modules[name] = replace(factors, A=bank.modules[name].A[mask[name]])
     return Adapter(schema.form, modules)

@@ -101,6 +101,22 @@ def test_over_a_network_the_failed_get_more_and_more_time(monkeypatch):
     assert slept == [5.0, 10.0, 20.0]
 
 
+def test_who_failed_in_an_earlier_wave_is_asked_again_as_well():
+    tries = []
+
+    def first_time(answer):
+        tries.append(answer.client)
+        return lost(answer) if len(tries) == 1 else answer
+
+    fed, state = federation(sampling=SampleCount(count=2), failures=Failures(quorum=1.0, retries=3))
+    everybody = [f"c{i}" for i in range(4)]
+    cohort = fed.sampling.sample(everybody, 0, 0)
+    fed.engine.spoil = dict.fromkeys(set(everybody) - set(cohort), lost) | {cohort[0]: first_time}
+    _, record = federated_round(fed, state)
+    assert tries == [cohort[0]] * 2
+    assert {reply.client for reply in record.replies if reply.learned is not None} == set(cohort)
+
+
 def test_a_late_answer_to_the_first_request_is_refused():
     payloads = []
 

@@ -13,6 +13,7 @@ from polyrank import durable, network, remote
 from polyrank.errors import InputError, RunError
 from polyrank.ledger import RunFolder
 from polyrank.network import ENDED, JOB, PAUSE, SITES
+from polyrank.report import REPORT
 
 
 def test_a_row_that_a_job_is_just_writing_is_not_read_yet(tmp_path):
@@ -43,6 +44,7 @@ class Stretches:
             run.folder.write(ENDED, ended)
         if ended == {"code": 0, "line": ""} and not self.ends:
             run.folder.write("summary.json", {"rounds": self.done})
+            (run.folder.path / REPORT).touch()
 
 
 class FakeAdmin:
@@ -88,6 +90,7 @@ def unfinished(tmp_path, monkeypatch):
     data = {"test": "x.csv", "labels": ["a", "b"]}
     partition = {"kind": "natural", "column": "site"}
     run.write("config.json", {"engine": engine, "data": data, "partition": partition})
+    monkeypatch.setattr(remote, "wrong_with", lambda own, root: None)
     for name in ("_BACK_OFF_S", "_POLL_S"):
         monkeypatch.setattr(remote, name, 0.0)
     return run
@@ -112,6 +115,21 @@ def test_a_run_is_followed_through_all_its_jobs(unfinished, monkeypatch):
     assert rows[-1] == {"rounds": 6}
 
 
+def test_a_job_killed_before_the_report_has_it_written_all_the_same(unfinished, monkeypatch):
+    stretch = Stretches((1, {"code": 0, "line": ""}))
+
+    def killed(run):
+        yield from stretch(run)
+        (run.folder.path / REPORT).unlink()
+
+    closed = []
+    monkeypatch.setattr(remote, "_stretch", killed)
+    monkeypatch.setattr(remote, "Admin", lambda kit: FakeAdmin())
+    monkeypatch.setattr(remote, "reopen", closed.append)
+    assert list(remote.follow(unfinished.path))[-1] == {"rounds": 1}
+    assert closed == [unfinished.path.resolve()]
+
+
 FAILING = (0, {"code": 1, "line": "round 0: no client gave a usable update"})
 
 
@@ -131,9 +149,12 @@ def test_a_run_does_not_give_up_while_a_link_is_cut(unfinished, monkeypatch):
 
 
 def test_bad_input_that_a_job_finds_ends_the_run_at_once(unfinished, monkeypatch):
-    bad = {"code": 2, "line": "site = 'site-a': does not take part: data.label = 'x': unknown label"}
-    with pytest.raises(InputError, match="site = 'site-a': does not take part"):
+    """With its key, value and what is allowed as they were: a value may hold what looks like an end of it."""
+    said = InputError("sampling.count", ["a: b", 4], "at most 2: all there are")
+    bad = {"code": 2, "line": str(said), "input": [said.key, said.value, said.allowed]}
+    with pytest.raises(InputError) as caught:
         follow(unfinished, monkeypatch, (0, bad))
+    assert str(caught.value) == str(said)
 
 
 def test_who_stops_following_ends_the_job(unfinished, monkeypatch):
@@ -329,7 +350,7 @@ def test_a_job_waits_a_moment_for_who_looks_at_the_lock(unfinished, begin, job):
     timer = threading.Timer(0.2, begin.die)
     timer.start()
     assert job()["code"] == 2  # there is no data, so it had the folder
-    assert json.loads((unfinished.path / JOB).read_text()) == {"job": "job"}
+    assert json.loads((unfinished.path / JOB).read_text()) == {"job": "job", "complaints": []}
     timer.join()
 
 

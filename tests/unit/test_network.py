@@ -84,6 +84,16 @@ def test_a_site_with_other_texts_than_the_run_began_with_is_left_out(tmp_path):
     assert there == ["site-b"]
 
 
+def test_a_site_with_as_many_but_longer_texts_is_left_out_and_its_device_is_plain_text(tmp_path):
+    odd = joined(5).replace('"cpu"', '"\\u001b[2Jcpu"')
+    opened(tmp_path, site_a=odd, site_b=joined(3))
+    assert json.loads((tmp_path / SITES).read_text())["site-a"]["device"] == " [2Jcpu"
+    _, there, _ = opened(
+        tmp_path, site_a=joined(5).replace('"num_tokens":45', '"num_tokens":46'), site_b=joined(3)
+    )
+    assert there == ["site-b"]
+
+
 def test_at_the_end_the_sites_say_again_which_process_answered(tmp_path):
     network = Sites({name: Proxy(joined(5)) for name in ("site-a", "site-b")}, RunFolder(tmp_path), 5.0)
     network.open(TERMS)
@@ -202,7 +212,25 @@ def test_flare_knows_the_settings_that_are_made_for_it(tmp_path, monkeypatch):
     assert "NVFLARE_SECURE_LOGGING" not in settings_for("server", 0)  # it says whom it refused, and why
 
 
-@pytest.mark.parametrize("sites", [[], ["a", "a"], ["server"], ["A b"], ["localhost"]])
+@pytest.mark.parametrize("sites", [[], ["a", "a"], ["server"], ["A b"], ["localhost"], ["private"], ["a.b"]])
 def test_names_that_cannot_be_used(tmp_path, sites):
     with pytest.raises(InputError, match="--site"):
         provision("demo", "localhost", sites, tmp_path / "kits")
+    assert not (tmp_path / "kits").exists()
+
+
+def test_a_server_or_a_folder_that_cannot_be(tmp_path):
+    with pytest.raises(InputError, match="--server = 'a..b'"):
+        provision("demo", "a..b", ["site-a"], tmp_path / "kits")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--out = .*file/kits': cannot be made .Not a directory."):
+        provision("demo", "localhost", ["site-a"], tmp_path / "file" / "kits")
+
+
+def test_a_kit_whose_certificate_is_none_is_no_kit_to_run_with(tmp_path):
+    provision("demo", "localhost", ["site-a"], tmp_path / "kits")
+    admin = tmp_path / "kits" / "admin"
+    assert remote.kit_sites(admin) == ["site-a"]
+    (admin / "startup" / "client.crt").write_text("no certificate")
+    with pytest.raises(InputError, match="engine.kit = .*startup/client.crt is no certificate"):
+        remote.kit_sites(admin)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from polyrank.models.prefix import (
     can_skip,
     forward_from,
     lowest_block,
+    temporary_cache,
     why_not_skip,
 )
 from polyrank.session import ClientEnv, train
@@ -224,6 +229,28 @@ def test_a_finished_run_leaves_no_files_of_it_behind(tmp_path):
     assert summary["prefix_cache"]["fills"] > 0
     assert experiment.prefix is not None
     assert not experiment.prefix.folder.exists()
+
+
+def test_the_folder_of_a_process_that_was_killed_is_taken_away_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+import os, signal
+from polyrank.models.prefix import temporary_cache
+cache = temporary_cache(1.0, "fp32")
+(cache.folder / "x.rows").write_bytes(b"a text")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    there = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=there, check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "x.rows").exists()
+    first, second = temporary_cache(1.0, "fp32"), temporary_cache(1.0, "fp32")
+    assert first is not None
+    assert second is not None
+    assert set(tmp_path.iterdir()) == {first.folder, second.folder}  # and one in use stays
+    first.drop()
+    second.drop()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_lowest_block():

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from polyrank import wire
@@ -30,7 +31,7 @@ from polyrank.site import (
     refuse_too_much,
     tokenizer_digest,
 )
-from polyrank.wire import WireError, encode_task
+from polyrank.wire import WireError, decode_task, encode_task
 from tests.builders import random_adapter
 from tests.site_runs import MIXED, SITES, make_sites, site_config
 from tests.small_runs import small_config
@@ -283,10 +284,33 @@ def test_a_request_that_takes_too_much_memory_is_not_even_read(folder, monkeypat
             [name, out, 10**6, scale, slots] for name, out, _, scale, slots in meaning["modules"]
         ]
         request = wire._encode(meaning, tensors)
+        assert wire.task_bytes(request) > 12e6  # A in float32, and the places of its columns
     site.table = site.table.model_copy(update={"limits": limits})
     monkeypatch.setattr("polyrank.site.decode_task", None)  # it would fail in another way
     with pytest.raises(ClientError, match="max_memory_gb"):
         site.answer(request)
+
+
+def test_outputs_without_end_take_no_memory_before_they_are_refused(folder, monkeypatch):
+    """B does not come from a seed, so that it need not be made to be thrown away."""
+    network = Direct(folder)
+    experiment = prepare(config_of(folder, "flare", "plain", "method=ffa"), network)
+    fed, state = experiment.federation, experiment.start
+    mask = fed.allocation.allocate(state, ["site-a"])["site-a"]
+    request = encode_task(make_task(fed, state, mask, "site-a", drawn_as(fed, state)))
+    meaning, tensors = wire._decode(request)
+    meaning["modules"] = [[name, 10**7, *rest] for name, _, *rest in meaning["modules"]]
+    made, zeros = [], torch.zeros
+
+    def watched(*shape, **settings):
+        made.append(shape)
+        return zeros(*shape, **settings)
+
+    monkeypatch.setattr(torch, "zeros", watched)
+    with pytest.raises(WireError):
+        decode_task(wire._encode(meaning, tensors))
+    assert made
+    assert all(10**7 not in shape for shape in made)
 
 
 def test_how_a_tokenizer_was_called_last_does_not_change_its_digest(folder):

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.data.tokens import Tokens
-from polyrank.durable import disk_errors
+from polyrank.durable import Lock, disk_errors, is_held, lock
+from polyrank.errors import InputError
 from polyrank.models.frozen import DTYPES
 from polyrank.models.layout import layout_of
 from polyrank.models.load import BaseModel, logits_of
@@ -42,6 +43,7 @@ class PrefixCache:
     folder: Path
     budget_bytes: int
     dtype: Literal["fp32", "bf16"] = "fp32"
+    held: Lock | None = None
 
     def hidden(self, model: BaseModel, data: Tokens, depth: int) -> Tensor:
         """What enters block ``depth`` for every token of ``data``, [sum T, H]; computed when not there.
@@ -74,6 +76,8 @@ class PrefixCache:
     def drop(self) -> None:
         """Free its room on the disk; who still has a file mapped keeps it until the end."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.held is not None:
+            self.held.release()
 
     def _map(self, path: Path, shape: tuple[int, int]) -> Tensor:
         if path.stat().st_size != shape[0] * shape[1] * DTYPES[self.dtype].itemsize:
@@ -118,12 +122,21 @@ def _reserve(path: Path, num_bytes: int) -> None:
 
 
 def temporary_cache(room_gb: float, dtype: Literal["fp32", "bf16"]) -> PrefixCache | None:
-    """A cache in a temporary folder that goes with the process, or None where there is no room for one."""
+    """A cache in a temporary folder that goes with the process, or None where there is no room for one.
+
+    A process that was killed leaves its folder behind; its lock is free, and the next one takes it away.
+    """
     if room_gb == 0:
         return None
-    folder = Path(tempfile.mkdtemp(prefix="polyrank-prefix-"))
+    made = Path(tempfile.mkdtemp(prefix="polyrank-new-"))
+    held = lock(made)
+    folder = made.rename(made.with_name(made.name.replace("-new-", "-cache-", 1)))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return PrefixCache(folder, int(room_gb * 1e9), dtype)
+    for other in folder.parent.glob("polyrank-cache-*"):
+        with contextlib.suppress(InputError, OSError):
+            if other.stat().st_uid == os.getuid() and not is_held(other):
+                shutil.rmtree(other, ignore_errors=True)
+    return PrefixCache(folder, int(room_gb * 1e9), dtype, held)
 
 
 def lowest_block(blocks: Sequence[str], modules: Iterable[str]) -> int:
