@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from polyrank.adapter import RankMask, num_slots
+from polyrank.adapter import Adapter, RankMask, num_slots
+from polyrank.aggregation import FOLDING
 from polyrank.allocation import ProgressiveDepth, Tiers, Uniform
 from polyrank.assemble import prepare
 from polyrank.clock import FleetTable
@@ -52,9 +53,11 @@ def _priced(fed: Federation, state: ServerState, folder: RunFolder) -> Iterator[
     clock, records = fed.clock, dict(state.clients)
     assert clock is not None
     actives = {row["round"]: row["slots"] for row in folder.read_rows("slots.jsonl")}
+    folded, folds = [Adapter("lora", {})] * isinstance(fed.aggregation, FOLDING), state.folds
     for round_, here in groupby(folder.read_rows("clients.jsonl"), key=lambda row: row["round"]):
         rows = list(here)
         now = replace(state, round=round_, active=_active(state, actives.get(round_)), clients=records)
+        now = replace(now, folds=folds)
         masks = fed.allocation.allocate(now, [row["client"] for row in rows])
         priced = []
         for row in rows:
@@ -65,7 +68,9 @@ def _priced(fed: Federation, state: ServerState, folder: RunFolder) -> Iterator[
                 allowed = f"cannot be replayed: {client} held {row['slots']} slots in round {round_}"
                 raise InputError("RUN", str(folder.path), allowed)
             priced.append(clock.price(task, known, row["bytes_down"], row["bytes_up"]))
-            records[client] = replace(known, stored=priced[-1].stored or known.stored)
+            stored = priced[-1].stored or known.stored
+            records[client] = replace(known, stored=stored, folds=len(folds))
+        folds = [*folds, *folded]  # what they were does not matter: a stored prefix is spoilt by any
         end = clock.end_of(priced)
         for row, one in zip(rows, priced, strict=True):
             shared = {key: row[key] for key in ("round", "client", "bytes_down", "bytes_up")}

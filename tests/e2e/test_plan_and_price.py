@@ -85,6 +85,16 @@ def test_a_run_with_frozen_slots_is_priced_as_it_was(tiny_settings, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("method", ["flora", "fedex"])
+def test_a_run_that_folds_spoils_stored_prefixes_and_is_priced_as_it_was(method, tiny_settings, tmp_path):
+    given = [*settings(tiny_settings, method, rounds=3), "allocation={kind='uniform', depth=1}"]
+    result = polyrank.run(load_config(None, given), tmp_path / "run")
+    rows = RunFolder(result.path).read_rows("clients.jsonl")
+    again = replay(result.path, FleetTable(name="edge3"))
+    assert [row["simulated"] for row in again] == [row["simulated"] for row in rows]
+    assert {row["simulated"]["stored_blocks"] for row in rows} == {5}
+
+
 def test_the_combination_runs_and_its_plan_is_told(tiny_settings, tmp_path):
     config = load_config(None, settings(tiny_settings, "legend+fedara", rounds=2))
     plan = make_plan(config)
