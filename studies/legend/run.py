@@ -34,8 +34,8 @@ TIERS = [
 def arms() -> dict[str, dict[str, Any]]:
     """What is compared.
 
-    LEGEND begins with half of the slots, as many as ``legend+fedara`` ends with by default (four of eight on a
-    map): nobody would vote. So that is LEGEND in the SVD form, and with votes half of these go as well.
+    LEGEND begins with half of the slots, as many as ``legend+fedara`` ends with by default (four of eight on
+    a map): nobody would vote. So that is LEGEND in the SVD form, and with votes half of these go as well.
     """
     svd = {"form": "svd", "rank": 8, "targets": "attention"}
     return {
