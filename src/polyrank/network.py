@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -174,7 +174,7 @@ def _go_on(folder: RunFolder, sites: Mapping[ClientId, Any], job: str) -> None:
     folder.write(JOB, {"job": job, "complaints": reopened.complaints})
     engine = read_config(folder).engine
     assert isinstance(engine, Flare)
-    network = Sites(sites, folder, engine.deadline_s)
+    network = Sites(sites, folder, engine.deadline_s, lambda: bool(collab.is_aborted))
     experiment, manifest = restore(reopened, network)
     for _ in conduct(experiment, reopened.folder, manifest):  # it holds the folder's lock until its end
         if (folder.path / "summary.json").exists():
@@ -198,6 +198,10 @@ def _opened(run: Path) -> Reopened:
         time.sleep(0.2)
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass
 class Sites:
     """The sites of one job, and those that a run began with."""
@@ -205,6 +209,7 @@ class Sites:
     proxies: Mapping[ClientId, Any]
     folder: RunFolder
     deadline_s: float
+    ending: Callable[[], bool] = _never
     terms: Terms | None = None
 
     def open(self, terms: Terms) -> tuple[FlareEngine, Mapping[ClientId, TextSizes]]:
@@ -227,7 +232,7 @@ class Sites:
         self.folder.write(SITES, rows)
         population = [Client(name, row["num_examples"]) for name, row in rows.items()]
         proxies = {name: self.proxies[name] for name in here}
-        engine = FlareEngine(population, proxies, self.deadline_s, RunAborted)
+        engine = FlareEngine(population, proxies, self.deadline_s, RunAborted, self.ending)
         return engine, {name: TextSizes(*(row[key] for key in SIZES)) for name, row in rows.items()}
 
     def ask_again(self) -> None:
@@ -245,6 +250,8 @@ class Sites:
         """What each site says of itself, or why it does not take part, in the order of the proxies."""
         calls = [partial(self._join, name, terms, registered, within_s) for name in self.proxies]
         ended = dict(side_by_side(calls, within_s))
+        if self.ending():
+            raise RunAborted("the job ends")
         found: dict[ClientId, Joined | str] = {}
         for number, name in enumerate(self.proxies):
             outcome = ended[number]

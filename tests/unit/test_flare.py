@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -34,7 +35,8 @@ class FakeSite:
 
 def engine(deadline_s=7.0, **replies):
     sites = {name: FakeSite(reply) for name, reply in replies.items() if reply is not None}
-    return FlareEngine([Client(name, 5) for name in replies], sites, deadline_s, AbortedError), sites
+    population = [Client(name, 5) for name in replies]
+    return FlareEngine(population, sites, deadline_s, AbortedError, lambda: False), sites
 
 
 def answers(engine, requests):
@@ -67,6 +69,10 @@ def test_whatever_a_site_does_the_others_go_on():
 
 
 def test_the_end_of_the_job_is_not_taken_for_a_failure_of_the_site():
+    """A call that ends because the job does is no answer that a round could do without."""
+    cut, _ = engine(a=TimeoutError("timed out after 300 seconds"), b=b"fine")
+    with pytest.raises(AbortedError, match="the job ends"):
+        answers(dataclasses.replace(cut, ending=lambda: True), [("a", b""), ("b", b"")])
     flare, _ = engine(a=AbortedError())
     with pytest.raises(AbortedError):
         list(flare.exchange([("a", b"")]))

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("nvflare")
 
 from nvflare.collab.api.decorators import get_object_final_funcs
+from nvflare.collab.api.exceptions import RunAborted
 from nvflare.fuel.f3.comm_config import VarName
 from nvflare.fuel.f3.streaming.byte_receiver import RxTask
 from nvflare.security.logging import SECURE_LOGGING_VAR_NAME
@@ -65,6 +66,14 @@ def test_a_run_begins_with_all_its_sites_or_with_one_clear_line(tmp_path):
     assert population == [("site-a", 5), ("site-b", 3)]  # by name, as a natural partition has them
     assert there == ["site-a", "site-b"]
     assert texts == {"site-a": (5, 45, 5), "site-b": (3, 27, 3)}
+
+
+def test_a_job_that_ends_while_sites_are_asked_does_not_go_on_with_fewer(tmp_path):
+    opened(tmp_path, site_a=joined(5), site_b=joined(3))
+    proxies = {"site-a": Proxy(joined(5)), "site-b": Proxy(TimeoutError("timed out"))}
+    with pytest.raises(RunAborted):
+        Sites(proxies, RunFolder(tmp_path), 5.0, lambda: True).open(TERMS)
+    assert json.loads((tmp_path / SITES).read_text())["site-b"]["connected"]
 
 
 def test_a_run_goes_on_with_the_sites_that_are_there_and_keeps_its_population(tmp_path):

@@ -57,9 +57,8 @@ class Direct:
         self.terms = terms
         joined = {name: site.join(name, terms) for name, site in self.sites.items()}
         population = [Client(name, one.num_examples) for name, one in joined.items()]
-        engine = FlareEngine(
-            population, {n: lambda *, timeout, s=s: s for n, s in self.sites.items()}, 9.0, OSError
-        )
+        sites = {n: lambda *, timeout, s=s: s for n, s in self.sites.items()}
+        engine = FlareEngine(population, sites, 9.0, OSError, lambda: False)
         sizes = {n: TextSizes(one.num_examples, one.num_tokens, one.num_taught) for n, one in joined.items()}
         return engine, sizes
 

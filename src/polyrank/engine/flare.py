@@ -48,12 +48,15 @@ class FlareEngine:
         sites: those that can be asked now.
         deadline_s: how long a request may take, from sending it to holding the whole answer.
         aborted: the error by which FLARE says that the job ends; the only one that is not the site's.
+        ending: whether the job ends: FLARE then tells of calls that are under way that they timed out, and a
+            round must not go on with the answers of the others.
     """
 
     population: Sequence[Client]
     sites: Mapping[ClientId, Site]
     deadline_s: float
     aborted: type[Exception]
+    ending: Callable[[], bool]
     fuse: int = 1
     pause_s: float = 5.0
 
@@ -62,7 +65,10 @@ class FlareEngine:
         return self.population
 
     def exchange(self, requests: Iterable[tuple[ClientId, bytes]]) -> Iterator[Answer]:
-        """One answer per request, as they come; none is waited for after its deadline."""
+        """One answer per request, as they come; none is waited for after its deadline.
+
+        Raises: what ``aborted`` says, when the job ends.
+        """
         asked: list[ClientId] = []
 
         def calls() -> Iterator[Callable[[], Answer]]:
@@ -72,6 +78,8 @@ class FlareEngine:
 
         for number, outcome in side_by_side(calls(), self.deadline_s):
             if isinstance(outcome, Answer):
+                if outcome.payload is None and self.ending():
+                    raise self.aborted("the job ends")
                 yield outcome
             elif isinstance(outcome, TimeoutError):
                 yield Answer(asked[number], None, self.deadline_s, str(outcome))
