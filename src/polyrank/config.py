@@ -211,8 +211,7 @@ class Config(Schema):
         """Refuse what has no B to train alone, or would mix it with A."""
         rounds, table = self.training.sparse_rounds, self.adapter
         if rounds >= self.rounds:
-            allowed = f"must be below rounds = {self.rounds}: both factors train after the sparse stage"
-            raise InputError("training.sparse_rounds", rounds, allowed)
+            raise InputError("training.sparse_rounds", rounds, f"must be below rounds = {self.rounds}")
         if table.form != "lora" or table.start != "zero" or self.training.factors != "both":
             allowed = "needs adapter.form = 'lora', adapter.start = 'zero' and training.factors = 'both'"
             raise InputError("training.sparse_rounds", rounds, allowed)
@@ -226,8 +225,7 @@ class Config(Schema):
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.factors == "A" and self.adapter.start == "zero":
-            allowed = "needs adapter.start = 'weights': where B or e is zero, A gets no gradient"
-            raise InputError("training.factors", "A", allowed)
+            raise InputError("training.factors", "A", "needs adapter.start = 'weights': A * 0 has no gradient")
         if self.training.orthogonality > 0 and self.adapter.form != "svd":
             allowed = "needs adapter.form = 'svd', whose slots have a size apart from their directions"
             raise InputError("training.orthogonality", self.training.orthogonality, allowed)
@@ -243,8 +241,8 @@ class Config(Schema):
             allowed = "must be 'zero' where clients hold a part of the slots, or adapter.untrained 'frozen'"
             raise InputError("adapter.start", "weights", allowed)
         if not isinstance(self.aggregation, HOLDERS):
-            allowed = f"must be 'zero' where clients train a part of the slots and {self.aggregation.kind} "
-            raise InputError("adapter.start", "weights", f"{allowed}takes the others for zero")
+            allowed = f"must be 'zero' where {self.aggregation.kind} takes what a client does not train for 0"
+            raise InputError("adapter.start", "weights", allowed)
 
     def _model_fits(self) -> None:
         """Refuse what would add to weights of few bits."""

@@ -144,7 +144,7 @@ def test_slots_that_took_over_weights_are_held_by_all(settings):
                 "aggregation.kind=zero_padding",
                 "adapter.untrained=frozen",
             ],
-            "zero_padding takes the others for zero",
+            "zero_padding takes what a client does not train for 0",
         ),
     ],
 )
