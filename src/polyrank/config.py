@@ -225,7 +225,7 @@ class Config(Schema):
         if self.adapter.targets == ():
             raise InputError("adapter.targets", [], "name at least one linear map")
         if self.training.factors == "A" and self.adapter.start == "zero":
-            raise InputError("training.factors", "A", "needs adapter.start = 'weights': A * 0 has no gradient")
+            raise InputError("training.factors", "A", "needs adapter.start = 'weights': 0 * A has no slope")
         if self.training.orthogonality > 0 and self.adapter.form != "svd":
             allowed = "needs adapter.form = 'svd', whose slots have a size apart from their directions"
             raise InputError("training.orthogonality", self.training.orthogonality, allowed)
