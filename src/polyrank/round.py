@@ -322,7 +322,9 @@ def _observed(fed: Federation, known: ClientRecord, reply: Reply) -> ClientRecor
     capacity, spent = known.capacity, reply.priced.cost
     if isinstance(fed.allocation, Legend) and capacity is not None:
         compute_s, link_s = spent.forward_s + spent.backward_s, spent.down_s + spent.up_s
-        capacity = fed.allocation.learn(capacity, reply.priced.depth, reply.slots, compute_s, link_s)
+        assert reply.learned is not None
+        trained = num_slots(reply.learned.mask)  # a client may hold others besides
+        capacity = fed.allocation.learn(capacity, reply.priced.depth, trained, compute_s, link_s)
     return replace(known, capacity=capacity, stored=reply.priced.stored or known.stored)
 
 

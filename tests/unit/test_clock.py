@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from polyrank.adapter import num_slots
 from polyrank.aggregation import LayerWise
 from polyrank.allocation import Legend, LossBased, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
@@ -130,9 +131,15 @@ def test_what_a_device_says_of_itself_is_what_it_takes(depth, untrained):
     for client, record in state.clients.items():
         _, round_ = federated_round(fed, state)
         reply = next(reply for reply in round_.replies if reply.client == client)
-        told = record.capacity.seconds(depth, reply.slots)
-        assert told == pytest.approx(reply.priced.cost.total_s, rel=0.1)
-        assert record.capacity.max_depth == 2
+        trained = num_slots(reply.learned.mask)
+        told = record.capacity.seconds(depth, trained)
+        spent, own = reply.priced.cost, record.capacity
+        assert told == pytest.approx(spent.total_s, rel=0.1)
+        assert own.compute_fixed_s + depth * own.block_s == pytest.approx(spent.compute_s, rel=1e-3)
+        waits_s = 2 * fed.clock.roster.setup(client, 0).latency_s
+        link_s = own.link_fixed_s + trained * own.slot_s - waits_s
+        assert link_s == pytest.approx(spent.down_s + spent.up_s - waits_s, rel=0.1)
+        assert own.max_depth == 2
 
 
 def test_memory_limits_the_depth():
