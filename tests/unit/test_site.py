@@ -283,7 +283,8 @@ def test_a_request_that_takes_too_much_memory_is_not_even_read(folder, monkeypat
             [name, out, 10**6, scale, slots] for name, out, _, scale, slots in meaning["modules"]
         ]
         request = wire._encode(meaning, tensors)
-        assert wire.task_bytes(request) > 12e6  # A in float32, and the places of its columns
+        drawn = sum(10**6 * slots for *_, slots in meaning["modules"])
+        assert wire.task_bytes(request) == len(request) + 12 * drawn  # A, and the places of its columns
     site.table = site.table.model_copy(update={"limits": limits})
     monkeypatch.setattr("polyrank.site.decode_task", None)  # it would fail in another way
     with pytest.raises(ClientError, match="max_memory_gb"):
