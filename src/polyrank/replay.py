@@ -53,11 +53,11 @@ def _priced(fed: Federation, state: ServerState, folder: RunFolder) -> Iterator[
     clock, records = fed.clock, dict(state.clients)
     assert clock is not None
     actives = {row["round"]: row["slots"] for row in folder.read_rows("slots.jsonl")}
-    folded, folds = [Adapter("lora", {})] * isinstance(fed.aggregation, FOLDING), state.folds
+    folds = state.folds
     for round_, here in groupby(folder.read_rows("clients.jsonl"), key=lambda row: row["round"]):
         rows = list(here)
-        now = replace(state, round=round_, active=_active(state, actives.get(round_)), clients=records)
-        now = replace(now, folds=folds)
+        active = _active(state, actives.get(round_))
+        now = replace(state, round=round_, active=active, clients=records, folds=folds)
         masks = fed.allocation.allocate(now, [row["client"] for row in rows])
         priced = []
         for row in rows:
@@ -70,7 +70,8 @@ def _priced(fed: Federation, state: ServerState, folder: RunFolder) -> Iterator[
             priced.append(clock.price(task, known, row["bytes_down"], row["bytes_up"]))
             stored = priced[-1].stored or known.stored
             records[client] = replace(known, stored=stored, folds=len(folds))
-        folds = [*folds, *folded]  # what they were does not matter: a stored prefix is spoilt by any
+        if isinstance(fed.aggregation, FOLDING):  # what it was does not matter: any spoils a stored prefix
+            folds = [*folds, Adapter("lora", {})]
         end = clock.end_of(priced)
         for row, one in zip(rows, priced, strict=True):
             shared = {key: row[key] for key in ("round", "client", "bytes_down", "bytes_up")}

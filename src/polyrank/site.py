@@ -7,11 +7,12 @@ memory than the limits is refused before any work. What the server learns is `Jo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -191,11 +192,8 @@ class Site:
         texts = read_texts(self.table.data, terms)  # a defect is told before a model is loaded
         wanted = self.table.model
         shown, device = Path(wanted.name).name, pick_device(self.table.device)
-        try:
+        with _shown_as(shown):
             model = _load(wanted.name, terms, device)
-            encoded = ENCODERS[terms.task](texts, model.tokenizer, terms.max_length)
-        except InputError as error:
-            raise _for_the_server(error, shown) from None
         self.loads += 1
         model = replace(model, skips=can_skip(model))
         if wanted.sha256 is not None and (found := weights_sha256(model.source)) != wanted.sha256:
@@ -203,6 +201,8 @@ class Site:
         agree("model.name", model.digest, terms.digest, f"base model {terms.model}")
         agree("model.name", tokenizer_digest(model.tokenizer), terms.tokenizer, f"tokenizer of {terms.model}")
         train, holdout = kept_aside(len(texts), terms, name)
+        with _shown_as(shown):
+            encoded = ENCODERS[terms.task](texts, model.tokenizer, terms.max_length)
         cache = temporary_cache(self.table.prefix_gb, terms.prefix_dtype)
         aside = encoded.select(holdout) if holdout else None
         return ClientEnv(model, encoded.select(train), aside, list(model.folded), cache)
@@ -245,6 +245,15 @@ def read_texts(data: SiteData, terms: Terms) -> Texts:
         if isinstance(shown, str) and shown not in columns and len(shown) > _LONGEST_LABEL:
             shown = "(a longer text)"  # as where the label's column is given as that of the texts
         raise _for_the_server(error, shown) from None
+
+
+@contextlib.contextmanager
+def _shown_as(name: str) -> Iterator[None]:
+    """What goes wrong with the model in here is told of a model of this name."""
+    try:
+        yield
+    except InputError as error:
+        raise _for_the_server(error, name) from None
 
 
 def _for_the_server(error: InputError, shown: object) -> InputError:
