@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -310,14 +311,25 @@ def mutated(data, draw):
     return sealed(bytes(edited[16:])) if draw.random() < 0.5 else bytes(edited)
 
 
+def is_quick(data, task):
+    """Does reading it take under 50 CPU-ms? The best of three: what Python collects meanwhile is no bomb."""
+    for _ in range(3):
+        start = time.thread_time()
+        with contextlib.suppress(WireError):
+            decode_update(data, task, 10)
+        if time.thread_time() - start < 0.05:
+            return True
+    return False
+
+
 def attack(count, seed):
     task = train_task()
     update = update_for(task)
     data, draw = encode_update(update, task), random.Random(seed)
-    accepted, slowest, told, peak = 0, 0.0, set(), Peak()
+    accepted, told, peak = 0, set(), Peak()
     for _ in range(count):
         hostile = mutated(data, draw)
-        start = time.thread_time()
+        assert is_quick(hostile, task)
         try:
             found = decode_update(hostile, task, 10)
         except WireError as refusal:
@@ -329,10 +341,8 @@ def attack(count, seed):
             assert all(torch.equal(t, open_reply(hostile)[1][n]) for n, t in open_reply(again)[1].items())
             if hostile[:16] == data[:16]:
                 assert hostile == data, "a changed message passed under its old digest"
-        slowest = max(slowest, time.thread_time() - start)
     assert all(short for _, short in told)
     assert len(told) > 5  # many checks were reached
-    assert slowest < 0.05
     assert peak.grown_kib() < 4 * 1024
     return accepted
 
@@ -414,12 +424,26 @@ def bombs():
 @pytest.mark.parametrize(("name", "reason", "data"), list(bombs()), ids=[name for name, *_ in bombs()])
 def test_a_bomb_is_refused(name, reason, data):
     task = train_task()
-    peak, start = Peak(), time.thread_time()
+    peak = Peak()
     with pytest.raises(WireError) as refusal:
         decode_update(data, task)
-    assert time.thread_time() - start < 0.05
     assert peak.grown_kib() < 1024
+    assert is_quick(data, task)
     assert refusal.value.reason == reason
+
+
+def test_a_slow_answer_is_noticed(monkeypatch):
+    """The control of what is said here about time: once slow is no matter, slow each time is."""
+    slow = [0.06, 0, 0.06, 0.06, 0.06]
+
+    def decode(*_):
+        until = time.thread_time() + slow.pop(0)
+        while time.thread_time() < until:
+            pass
+
+    monkeypatch.setitem(globals(), "decode_update", decode)
+    assert is_quick(b"", None)
+    assert not is_quick(b"", None)
 
 
 def test_memory_that_is_taken_and_given_back_is_noticed():
