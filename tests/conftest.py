@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("FORCE_COLOR", None)  # what commands print is compared
 
 import pytest
 import torch

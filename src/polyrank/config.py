@@ -157,9 +157,7 @@ class Config(Schema):
             if kind is not None and isinstance(merged.get(name), Mapping):
                 merged[name] = {"kind": kind, **merged[name]}
         if isinstance(merged.get("engine"), Mapping) and merged["engine"]["kind"] == "flare":
-            apart = set(Embedded.model_fields) - set(
-                Flare.model_fields
-            )  # so that one file serves both engines
+            apart = Embedded.model_fields.keys() - Flare.model_fields.keys()  # one file serves both engines
             merged["engine"] = {key: value for key, value in merged["engine"].items() if key not in apart}
         return merged
 
@@ -175,9 +173,7 @@ class Config(Schema):
             isinstance(self.aggregation, Anchored) and self.aggregation.space == "product"
         )
         if self.training.factors != "both" and moving:
-            allowed = (
-                f"must be 'both' under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
-            )
+            allowed = f"must be 'both' under aggregation {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.factors", self.training.factors, allowed)
         if self.training.sparse_rounds > 0:
             self._starts_sparse(moving)
@@ -191,7 +187,7 @@ class Config(Schema):
             allowed = "does not go with allocation.kind = 'random_slots'"
             raise InputError("training.prune_keep", self.training.prune_keep, allowed)
         if self.voting is not None:
-            self._votes_fit(moving)
+            self._votes_fit(self.voting, moving)
         if self.fleet is None:
             self._needs_no_fleet()
         if self.robust is not None:
@@ -216,7 +212,7 @@ class Config(Schema):
             allowed = "needs adapter.form = 'lora', adapter.start = 'zero' and training.factors = 'both'"
             raise InputError("training.sparse_rounds", rounds, allowed)
         if moving:
-            allowed = f"must be 0 under aggregation.kind = {self.aggregation.kind!r}, which mixes B and A"
+            allowed = f"must be 0 under aggregation {self.aggregation.kind!r}, which mixes B and A"
             raise InputError("training.sparse_rounds", rounds, allowed)
 
     def _adapter_fits(self) -> None:
@@ -285,9 +281,12 @@ class Config(Schema):
         if policy.kind == "legend" or by_device or weakest:
             raise InputError("fleet", None, f"must be given for allocation.kind = {policy.kind!r} by device")
 
-    def _votes_fit(self, moving: bool) -> None:
+    def _votes_fit(self, voting: Voting, moving: bool) -> None:
         """Refuse what would make votes meaningless: a slot must keep its place, and a mask needs its e."""
-        if self.voting is not None and self.voting.kind == "adalora" and self.adapter.form != "svd":
+        if voting.target_rank >= self.adapter.rank:
+            allowed = f"must be below adapter.rank = {self.adapter.rank}, or all slots stay and nobody votes"
+            raise InputError("voting.target_rank", voting.target_rank, allowed)
+        if voting.kind == "adalora" and self.adapter.form != "svd":
             allowed = "must be 'svd' for voting.kind = 'adalora', which masks e"
             raise InputError("adapter.form", self.adapter.form, allowed)
         if isinstance(self.allocation, ProgressiveDepth):

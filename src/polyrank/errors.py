@@ -51,8 +51,11 @@ def printable(text: str, limit: int) -> str:
 
 
 def _short(value: object, limit: int = 80) -> str:
+    """A value in few letters; the end of a path says more than its middle."""
     try:
-        text = printable(repr(value), limit + 1)
+        text = repr(value)
     except (ValueError, RecursionError):  # too many digits, or too deep, for Python to write out
         text = type(value).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if len(text) > limit:
+        text = f"{text[: limit // 2 - 3]}...{text[-limit // 2 :]}"
+    return printable(text, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -40,9 +41,9 @@ def kill_and_resume(prepared, method: str, draw: random.Random) -> None:
     if method == "private":
         pytest.importorskip("dp_accounting")
     ready = prepared(method)
-    for _ in range(5):
+    for turn in range(5):
         out = ready.fresh()
-        if killed_at(ready.run, draw.random() * ready.whole_s, out):
+        if killed_at(ready.run, draw.random() * ready.whole_s / 2**turn, out):
             break
         shutil.rmtree(out)
     else:
@@ -267,7 +268,10 @@ def test_a_killed_server_leaves_no_lock_with_its_workers(inputs, tmp_path):
     assert len(workers) == 2
     with pytest.raises(InputError, match="is being written by another process"):
         reopen(out)
-    time.sleep(0.1)
+    before = [cpu_ticks(worker) for worker in workers]
+    while any(cpu_ticks(worker) < 10 + ticks for worker, ticks in zip(workers, before, strict=True)):
+        assert time.monotonic() < deadline, "the workers have nothing to do"
+        time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     try:
@@ -275,7 +279,14 @@ def test_a_killed_server_leaves_no_lock_with_its_workers(inputs, tmp_path):
         reopen(out).folder.release()
     finally:
         for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+
+def cpu_ticks(pid: int) -> int:
+    """What a process has worked, in hundredths of a second."""
+    told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(told[11]) + int(told[12])
 
 
 def children(pid: int) -> list[int]:

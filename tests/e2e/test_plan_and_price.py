@@ -96,7 +96,8 @@ def test_a_run_that_folds_spoils_stored_prefixes_and_is_priced_as_it_was(method,
 
 
 def test_the_combination_runs_and_its_plan_is_told(tiny_settings, tmp_path):
-    config = load_config(None, settings(tiny_settings, "legend+fedara", rounds=2))
+    given = [*settings(tiny_settings, "legend+fedara", rounds=2), "voting.target_rank=1"]
+    config = load_config(None, given)
     plan = make_plan(config)
     assert sum(row["count"] for row in plan["classes"].values()) == plan["clients"] == 4
     assert plan["round"]["bytes"] < plan["round_if_uniform"]["bytes"]
@@ -147,7 +148,8 @@ def test_a_plan_tells_the_bytes_of_the_first_round(inputs, method):
 
 
 def test_all_slots_everywhere_are_those_of_the_bank_with_votes_and_without(inputs):
-    both = make_plan(small_config(inputs, "plain", "method=legend+fedara", "fleet.name=edge3"))
+    votes = ["method=legend+fedara", "voting.target_rank=1", "voting.warmup_share=0.5"]  # none at first
+    both = make_plan(small_config(inputs, "plain", *votes, "fleet.name=edge3"))
     same = ["adapter.form=svd", "adapter.targets=all-linear"]
     alone = make_plan(small_config(inputs, "plain", "method=legend", "fleet.name=edge3", *same))
     assert both["round"]["bytes"] < both["round_if_uniform"]["bytes"]

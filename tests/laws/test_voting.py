@@ -228,7 +228,8 @@ class Deaf:
 
 @pytest.mark.parametrize("deep", [2, 1, 0])
 def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
-    experiment = prepare(small_config(tmp_path, "causal", "method=legend+fedara", "fleet.name=edge3"))
+    settings = ["method=legend+fedara", "voting.target_rank=1", "fleet.name=edge3"]
+    experiment = prepare(small_config(tmp_path, "causal", *settings))
     fed, state = experiment.federation, experiment.start
     blocks = block_numbers(state.active)
     active = {name: held & (blocks[name] == 0) for name, held in state.active.items()}

@@ -83,9 +83,10 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     made.start("server")
     own, until = pair(made.folder / "kits" / "site-a"), time.monotonic() + 300
     while True:
-        with contextlib.suppress(ConnectionRefusedError):
+        with contextlib.suppress(OSError):  # it is not there yet, or not ready
             assert greeting(made, own)  # the right one is let in
             break
+        assert made.running["server"].poll() is None, (made.folder / "server.out").read_text()
         assert time.monotonic() < until
         time.sleep(1)
     yield made

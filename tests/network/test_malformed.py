@@ -26,7 +26,7 @@ REASONS = {
     "old": "round",
     "twice": None,
 }
-DEADLINE_S = 20
+DEADLINE_S = 40
 
 
 @pytest.fixture(scope="module")

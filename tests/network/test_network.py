@@ -73,7 +73,7 @@ def answered(out: Path) -> set[str]:
 
 def resume(federation: Federation, out: Path) -> None:
     words = federation.command("resume", str(out))
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -94,7 +94,7 @@ def test_sites_and_simulated_clients_end_with_the_same_bits_and_bytes(federation
 def test_a_server_killed_within_a_round_goes_on_to_the_same_adapter(federation, uninterrupted, moment):
     out = federation.folder / f"server-{moment}"
     driver = federation.begin(f"driver-{moment}", *federation.run_words(out, *LONG))
-    committed = some_time_within_a_round(out, random.Random(moment), ROUNDS - 2)
+    committed = some_time_within_a_round(out, random.Random(moment), ROUNDS // 2)
     federation.kill("server")
     driver.kill()
     driver.wait()
@@ -132,7 +132,7 @@ def test_a_server_that_comes_back_is_enough_while_the_driver_lives(federation, u
     some_time_within_a_round(out, random.Random(7), 6)
     federation.kill("server")
     federation.start("server")
-    assert driver.wait(timeout=300) == 0, (federation.folder / "driver-alone.out").read_text()
+    assert driver.wait(timeout=900) == 0, (federation.folder / "driver-alone.out").read_text()
     assert_same_result(out, uninterrupted)
 
 
@@ -168,12 +168,12 @@ def test_a_site_killed_within_a_round_comes_back_and_every_round_is_committed(fe
     draw = random.Random(100 + moment)
     out, victim = federation.folder / f"site-{moment}", draw.choice(SITES)
     driver = federation.begin(
-        f"site-driver-{moment}", *federation.run_words(out, *LONG, "engine.deadline_s=30")
+        f"site-driver-{moment}", *federation.run_words(out, *LONG, "engine.deadline_s=45")
     )
     some_time_within_a_round(out, draw, 3)
     federation.kill(victim)
     federation.start(victim)
-    assert driver.wait(timeout=300) == 0, (federation.folder / f"site-driver-{moment}.out").read_text()
+    assert driver.wait(timeout=900) == 0, (federation.folder / f"site-driver-{moment}.out").read_text()
     assert [row["round"] for row in rows(out)] == list(range(ROUNDS))
     last = [row for row in rows(out, "clients.jsonl") if row["round"] == ROUNDS - 1]
     assert {row["client"] for row in last if row["error"] is None} == set(SITES)  # it takes part again

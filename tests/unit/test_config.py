@@ -104,6 +104,7 @@ def test_rules_that_mix_the_factors_need_both():
         ("training.prune_keep=0.5", "training.prune_keep = 0.5: must be None under .voting."),
         ("training.factors=B", "training.factors = 'B': must be 'both' under .voting."),
         ("adapter.start=weights", "adapter.start = 'weights': must be 'zero' under .voting."),
+        ("adapter.rank=4", "voting.target_rank = 4.0: must be below adapter.rank = 4, or all slots stay"),
         ("training.sparse_rounds=2", "training.sparse_rounds = 2: needs adapter.form = 'lora'"),
         ("allocation={kind='progressive_depth'}", "allocation.kind = 'progressive_depth': does not go"),
         (

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 
 from polyrank.doctor import examine
 from polyrank.errors import InputError
-from polyrank.models.frozen import packed_dtype
-from polyrank.models.load import packaged_model
+from polyrank.models import frozen
+from polyrank.models.load import packaged_model, pick_device
 from tests.conftest import tiny_network
 
 
@@ -27,8 +27,20 @@ def test_the_paths_of_a_model_in_a_folder(family, packed, pooled, prefix, tmp_pa
     found = examine(str(tmp_path))
     assert (found["paths of"], found["packed"], found["prefix"]) == (str(tmp_path), packed, prefix)
     assert found["pooled"].startswith(pooled)
-    if found["device auto"] == "cpu":
-        assert found["frozen maps"].endswith("packed once in bf16") == (packed_dtype("bf16") == "bf16")
+
+
+@pytest.mark.skipif(pick_device("auto").type != "cpu", reason="only a CPU packs")
+@pytest.mark.parametrize(
+    ("gains", "fp32", "bf16"),
+    [
+        ({"fp32": 1.0, "bf16": 0.5}, "the default library", "the default library"),
+        ({"fp32": 1.5, "bf16": 0.5}, "packed once in float32", "packed once in float32"),
+        ({"fp32": 1.0, "bf16": 2.0}, "the default library", "packed once in bf16"),
+    ],
+)
+def test_the_way_of_the_frozen_maps(gains, fp32, bf16, monkeypatch):
+    monkeypatch.setattr(frozen, "_remembered_gains", lambda: gains)
+    assert examine()["frozen maps"] == f"base_dtype = 'fp32': {fp32}; base_dtype = 'bf16': {bf16}"
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):

@@ -345,7 +345,8 @@ def test_a_second_job_of_a_run_leaves_it_to_the_first(unfinished, begin, job):
     assert not (unfinished.path / JOB).exists()
 
 
-def test_a_job_waits_a_moment_for_who_looks_at_the_lock(unfinished, begin, job):
+def test_a_job_waits_a_moment_for_who_looks_at_the_lock(unfinished, begin, job, monkeypatch):
+    monkeypatch.setattr(network, "_LOCK_S", 20)
     begin()
     timer = threading.Timer(0.2, begin.die)
     timer.start()

@@ -42,6 +42,7 @@ def test_values_and_gradients_are_those_of_the_plain_map(kind, dtype):
 
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=needs_bf16), "fp32"])
 def test_a_fold_is_packed_too(dtype):
+    torch.manual_seed(0)
     model = tiny_model()
     pack_blocks(model.network, model.blocks, dtype=dtype)
     name = "bert.encoder.layer.0.attention.self.query"
@@ -127,8 +128,8 @@ def test_what_was_remembered_and_cannot_be_read_stops_nothing(tmp_path, monkeypa
 
 def test_the_measured_gains_are_ratios_of_times():
     gains = frozen._gains()
-    assert 0.2 < gains["fp32"] < 5
-    assert bf16_is_there() == (0.1 < gains["bf16"] < 10)
+    assert 0.1 < gains["fp32"] < 10
+    assert bf16_is_there() == (0.05 < gains["bf16"] < 50)
 
 
 def test_large_fp32_models_are_not_packed(monkeypatch):

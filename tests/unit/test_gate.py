@@ -427,7 +427,7 @@ def test_a_bomb_is_refused(name, reason, data):
     peak = Peak()
     with pytest.raises(WireError) as refusal:
         decode_update(data, task)
-    assert peak.grown_kib() < 1024
+    assert peak.grown_kib() < 4 * 1024
     assert is_quick(data, task)
     assert refusal.value.reason == reason
 

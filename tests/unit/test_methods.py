@@ -57,13 +57,14 @@ def test_every_method_runs_and_moves_the_model(name):
     if isinstance(allocation, RandomSlotChoice):
         allocation = RandomSlotChoice(rank=2)
     training = config.training.model_copy(update={"local_steps": 2, "batch_size": 3})
+    voting = config.voting and config.voting.model_copy(update={"target_rank": 2.0})
     fed = dataclasses.replace(
         fed,
         allocation=allocation,
         aggregation=config.aggregation,
         training=training,
         untrained=config.adapter.untrained,
-        voting=config.voting,
+        voting=voting,
         validate=lambda state, update: update.metrics["last_loss"],
     )
     if config.fleet is not None:  # devices are known to be equal
@@ -72,6 +73,8 @@ def test_every_method_runs_and_moves_the_model(name):
     after, records = rounds(fed, state, 3)
     assert sum(reply.bytes_up for record in records for reply in record.replies) == fed.engine.up
     assert all(reply.error is None for record in records for reply in record.replies)
+    dropped = num_slots(after.active) < num_slots(state.active)
+    assert dropped == (voting is not None and voting.kind == "fedara")
     moved = served_adapter(after)
     reached = {name: float(delta_weight(f).abs().max()) > 0 for name, f in moved.modules.items()}
     top = [name for name in reached if name.startswith("bert.encoder.layer.1.")]

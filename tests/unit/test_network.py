@@ -162,7 +162,7 @@ def test_messages_are_forgotten_in_time_without_a_thread_for_each():
     tasks = [RxTask(number, "origin", None, reliable=True) for number in range(50)]
     for task in tasks:
         RxTask.rx_task_map["origin", task.sid] = task
-        task._schedule_remove_task(0.3)
+        task._schedule_remove_task(3)
     assert threading.active_count() <= before
     assert len(RxTask.rx_task_map) >= 50
     tasks[0]._remove_task()  # earlier than planned

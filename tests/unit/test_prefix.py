@@ -91,7 +91,7 @@ def test_every_depth_gives_the_logits_and_gradients_of_the_whole_model(family, p
         plain = logits_and_slopes(model, adapter, lambda: model.network(**inputs).logits)
         forward = forward_from(model, [data], depth, cache)
         stored = logits_and_slopes(model, adapter, lambda forward=forward: forward([rows], inputs))
-        assert apart(plain, stored) < 1e-4, depth
+        assert apart(plain, stored) < 1e-3, depth
         assert all(float((stored[n] - t).abs().max()) < 1e-5 * largest(plain) for n, t in plain.items())
     assert cache.statistics()["fills"] == 3
 
