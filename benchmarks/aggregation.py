@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import resource
 import statistics
 import time
@@ -185,13 +186,13 @@ def error_row(clients: int, pairs: int) -> Row:
         far = near = 0.0
         for name, served in merged.adapter.modules.items():
             products = (u.num_examples * delta_weight(u.adapter.modules[name]) for u in updates)
-            mean = sum(products) / sum(u.num_examples for u in updates)
+            mean = torch.stack(list(products)).sum(0) / sum(u.num_examples for u in updates)
             near += float(mean.double().square().sum())
             far += float((mean - delta_weight(served)).double().square().sum())
-        return (far / near) ** 0.5
+        return math.sqrt(far / near)
 
     def ours() -> float:
-        return aggregation_error(bank, merged, updates, False)
+        return aggregation_error(bank, state.active, merged, updates, False)
 
     assert abs(ours() - plain()) < 1e-5
     rules = (LayerWise(), SvdRedistribution())

@@ -82,6 +82,7 @@ def main() -> None:
 def rows_of(given: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every row of the table by name."""
     pairs, full = given.pairs, full_tokens()
+    texts: dict[str, tuple[Tokens, int | None]]
     texts = {"64 full tokens": (full, None), "docstrings": (docstrings(), None)}
     if given.data is not None:
         texts["AG News, padded to 128 by the loop"] = (ag_news(given.data), 128)
@@ -96,8 +97,8 @@ def rows_of(given: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         rows[f"top {top} of 6 blocks, 5 sessions with filling"] = partial(measure_run, top, pairs, full)
     rows["a bare loop over the same kernels"] = partial(measure_overhead, pairs, full)
     for clients, batch, least in ((8, 8, 6), (16, 2, 8), (4, 8, 12)):
-        texts = f"{batch} texts of {least} to {2 * least} tokens"
-        work = f"{clients} clients in one pass against one by one, {texts}"
+        sizes = f"{batch} texts of {least} to {2 * least} tokens"
+        work = f"{clients} clients in one pass against one by one, {sizes}"
         rows[work] = partial(measure_fused, work, pairs, clients, batch, least)
     return rows
 
@@ -170,7 +171,7 @@ def measure_overhead(pairs: int, data: Tokens) -> dict[str, Any]:
                 inputs, labels = data.batch(rows, model.device)
                 loss = F.cross_entropy(logits_of(model, inputs), labels)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 loss.item()
         model.network.requires_grad_(False)
@@ -268,7 +269,7 @@ def plain_session(data: Tokens, top: int, pad_to: int | None = None) -> Work:
                 inputs = {n: F.pad(t, (0, pad_to - t.shape[1])) for n, t in inputs.items()}
             loss = F.cross_entropy(peft(**inputs).logits, labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             loss.item()
         return {

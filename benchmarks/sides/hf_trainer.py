@@ -35,9 +35,8 @@ def train(model: Any, work: Work, session: Session, scratch: str) -> None:
         use_cpu=True,
     )
     trainer = Trainer(model=model, args=arguments)
-    loader: Any = DataLoader(
-        range(len(work.labels)), batch_sampler=session.batches, collate_fn=partial(collate, work)
-    )
+    rows: Any = range(len(work.labels))
+    loader: Any = DataLoader(rows, batch_sampler=session.batches, collate_fn=partial(collate, work))
     trainer.get_train_dataloader = lambda: loader  # the very rows of the plan, in their order
     trainer.train()
 

@@ -102,7 +102,7 @@ def train(model: Any, parameters: Mapping[str, nn.Parameter], work: Work, sessio
         inputs, labels = work.batch(rows)
         loss = F.cross_entropy(model(**inputs).logits, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         loss.item()
 

@@ -56,7 +56,7 @@ def arms(rounds: int) -> dict[str, dict[str, Any]]:
     """FedARA at two targets and the baselines; all start from 12 slots on every linear map."""
     adapter = {"rank": RANK, "targets": "all-linear"}
     depth = {"kind": "progressive_depth", "every": max(1, rounds // 6)}
-    same = {
+    same: dict[str, dict[str, Any]] = {
         "fedit": {"method": "fedit"},
         "ffa": {"method": "ffa"},
         "fedsvd": {"method": "fedsvd"},

@@ -34,7 +34,7 @@ def loss_based(share: float) -> dict[str, Any]:
 def arms(data: str) -> dict[str, dict[str, Any]]:
     """What is compared; the ablations of share and allocation run on AG News only."""
     mixed = {"adapter": {"rank": HIGH}, "allocation": TIERS}
-    common = {
+    common: dict[str, dict[str, Any]] = {
         "homogeneous r=5": {"adapter": {"rank": 5}},
         "homogeneous r=7": {"adapter": {"rank": 7}},
         "homogeneous r=20": {"adapter": {"rank": 20}},
@@ -47,7 +47,7 @@ def arms(data: str) -> dict[str, dict[str, Any]]:
     }
     if data != "ag_news":
         return common
-    rule = {"adapter": {"rank": HIGH}, "aggregation": {"kind": "replication_padding"}}
+    rule: dict[str, Any] = {"adapter": {"rank": HIGH}, "aggregation": {"kind": "replication_padding"}}
     return common | {
         "replication, by loss, 10 %": {**rule, "allocation": loss_based(0.1)},
         "replication, by loss, 20 %": {**rule, "allocation": loss_based(0.2)},

@@ -45,6 +45,14 @@ class Liars:
     liars: Collection[str]
     attack: str
 
+    @property
+    def fuse(self) -> int:
+        return self.engine.fuse
+
+    @property
+    def pause_s(self) -> float:
+        return self.engine.pause_s
+
     def clients(self) -> list[Client]:
         return list(self.engine.clients())
 

@@ -16,8 +16,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from polyrank.assemble import Experiment, prepare
 from polyrank.config import make_config
-from polyrank.experiment import Experiment, evaluate_global, prepare
+from polyrank.experiment import evaluate_global
 from polyrank.robust import Robust, RobustMean
 from polyrank.round import federated_round
 from polyrank.seed import seed_for
@@ -50,11 +51,11 @@ def config(folder: Path, seed: int) -> dict[str, Any]:
 
 def attackers(ready: Experiment, who: str) -> list[str]:
     """A fifth of the clients: drawn at random, or those of the highest rank."""
-    names = [rows.client for rows in ready.clients]
+    names = list(ready.environments)
     if who == "random":
         return random.Random(seed_for(ready.config.seed, "liars")).sample(names, LIARS)
     assert ready.config.allocation.kind == "tiers"
-    ranks = ready.config.allocation.ranks(names, ready.config.seed)
+    ranks = ready.config.allocation.ranks(names, ready.config.seed, {})
     return [name for name in names if ranks[name] == 8]
 
 
