@@ -25,16 +25,12 @@ class Lock:
     """The right to write a folder; it ends with `release`, with the object, or with the process."""
 
     def __init__(self, number: int) -> None:
-        self._number: int | None = number
+        self._close = weakref.finalize(self, os.close, number)
         _held.add(self)
 
     def release(self) -> None:
-        """Let others write the folder."""
-        if self._number is not None:
-            os.close(self._number)
-            self._number = None
-
-    __del__ = release
+        """Let others write the folder; a second time does nothing."""
+        self._close()
 
 
 def kind_at(path: Path) -> Literal["file", "folder", "other", "nothing"]:
