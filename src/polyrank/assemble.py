@@ -21,7 +21,7 @@ from polyrank.collect import Failures
 from polyrank.config import Config, Embedded, Flare
 from polyrank.data.instructions import ENCODERS
 from polyrank.data.partition import ClientRows, Iid, Natural, share_out
-from polyrank.data.source import load_corpus, load_file, load_instructions
+from polyrank.data.source import load_corpus, load_file, load_instructions, subsampled
 from polyrank.data.texts import Corpus, Texts, corpus_digest
 from polyrank.data.tokens import TextSizes, Tokens
 from polyrank.engine.base import Engine
@@ -148,7 +148,7 @@ def _corpus(config: Config) -> tuple[Corpus, Texts | None]:
         assert data.test is not None
         names = data.labels or ("texts",)
         test = load_file(Path(data.test), "data.test", data, names, config.task)
-        return Corpus(test.select([]), test, names), None
+        return subsampled(Corpus(test.select([]), test, names), data, config.seed), None
     group = partition.column if isinstance(partition, Natural) else None
     if config.task == "classification":
         return _keep_for_server(load_corpus(data, config.seed, group), config)

@@ -37,6 +37,8 @@ def replay(run: Path, fleet: FleetTable) -> list[Row]:
     """
     folder = RunFolder(run)
     given = folder.read("config.json")
+    if given["engine"]["kind"] == "flare":
+        raise InputError("RUN", str(run), "ran over a network: its texts are at the sites")
     table = fleet.model_copy(update={"ignore_memory": True})  # it ran, after all
     changes = {"fleet": table.model_dump(), "engine": {**given["engine"], "workers": 1}}
     config = make_config({**given, **changes})

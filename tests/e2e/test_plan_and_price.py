@@ -115,6 +115,10 @@ def test_the_combination_runs_and_its_plan_is_told(tiny_settings, tmp_path):
     assert all(row == sorted(row) for row in ranks)
     with pytest.raises(InputError, match=r"RUN = .*'legend' depends on more than its rows tell"):
         replay(result.path, FleetTable(name="edge3"))
+    told = json.loads((result.path / "config.json").read_text())
+    (result.path / "config.json").write_text(json.dumps({**told, "engine": {"kind": "flare", "kit": "kit"}}))
+    with pytest.raises(InputError, match="RUN = .*ran over a network"):
+        replay(result.path, FleetTable(name="edge3"))
 
 
 def test_a_plan_that_does_not_fit_is_refused_in_one_line(tiny_settings, tmp_path, monkeypatch, capsys):

@@ -129,6 +129,14 @@ def test_texts_kept_aside_are_those_of_the_embedded_engine(folder):
     assert len(kept_aside(10, network.terms, "x")[1]) == 2
 
 
+def test_as_few_test_texts_are_drawn_as_for_the_embedded_engine(folder):
+    few = prepare(config_of(folder, "embedded", "plain", "data.max_test=7")).test
+    assert len(few) == 7
+    assert prepare(
+        config_of(folder, "flare", "plain", "data.max_test=7"), Direct(folder)
+    ).test.ids.tolist() == (few.ids.tolist())
+
+
 def refused(folder, key, terms=None, name="site-a", **changes):
     network = Direct(folder)
     prepare(config_of(folder, "flare"), network)

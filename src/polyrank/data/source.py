@@ -48,7 +48,7 @@ def load_corpus(data: Data, seed: int, group: str | None = None) -> Corpus:
             corpus = _split(texts, data, names, seed)
         else:
             corpus = Corpus(texts, _texts(test, data, names, None, by_name=by_name), names)
-    return _subsampled(corpus, data, seed)
+    return subsampled(corpus, data, seed)
 
 
 def load_instructions(data: Data, seed: int, group: str | None = None, skewed: str | None = None) -> Corpus:
@@ -80,7 +80,7 @@ def load_instructions(data: Data, seed: int, group: str | None = None, skewed: s
 
     found = texts(train, group)
     corpus = _split(found, data, names, seed) if test is None else Corpus(found, texts(test, None), names)
-    return _subsampled(corpus, data, seed)
+    return subsampled(corpus, data, seed)
 
 
 def _instructions(table: pa.Table, data: Data) -> tuple[list[Turns], list[str]]:
@@ -92,7 +92,8 @@ def _instructions(table: pa.Table, data: Data) -> tuple[list[Turns], list[str]]:
     return from_columns(prompts, _text_column(table, "data.response", columns.response))
 
 
-def _subsampled(corpus: Corpus, data: Data, seed: int) -> Corpus:
+def subsampled(corpus: Corpus, data: Data, seed: int) -> Corpus:
+    """At most ``data.max_train`` and ``data.max_test`` of the texts, drawn at random."""
     return Corpus(
         _subsample(corpus.train, data.max_train, seed, "train"),
         _subsample(corpus.test, data.max_test, seed, "test"),
