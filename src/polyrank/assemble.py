@@ -15,7 +15,7 @@ import torch
 from polyrank.adapter import Adapter, RankMask, embed, fingerprint, full_mask, new_adapter, restrict
 from polyrank.aggregation import FOLDING, Rule
 from polyrank.allocation import Legend, LossBased, Tiers, Uniform
-from polyrank.client import catch_up
+from polyrank.client import keep_up
 from polyrank.clock import Clock, make_clock
 from polyrank.collect import Failures
 from polyrank.config import Config, Embedded, Flare
@@ -30,9 +30,10 @@ from polyrank.engine.embedded import EmbeddedEngine
 from polyrank.engine.workers import WorkerEngine
 from polyrank.errors import InputError
 from polyrank.evaluation import evaluate
+from polyrank.grouping import why_alone
 from polyrank.ledger import partition_table, site_table
 from polyrank.lowrank import fold, negated, weights_start
-from polyrank.messages import ClientId, ClientUpdate, Folds
+from polyrank.messages import ClientId, ClientUpdate
 from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip, temporary_cache
 from polyrank.models.shape import shape_of
@@ -93,16 +94,13 @@ def prepare(config: Config, network: Network | None = None) -> Experiment:
     clients = [] if network else _share_out(corpus, config, aside)
     model = load_model(config, corpus.label_names, device)
     model = replace(model, skips=can_skip(model), recomputes=config.model.gradient_checkpointing)
-    shapes = resolve_targets(model.network, model.blocks, config.adapter.targets)
-    width = min(min(shape) for shape in shapes.values())
-    if config.adapter.rank > width:
-        allowed = f"at most the width of the narrowest adapted map, {width}"
-        raise InputError("adapter.rank", config.adapter.rank, allowed)
+    shapes = _adapted(config, model)
     adapter, folds = _bank(config, model, shapes)
     cache = temporary_cache(config.engine.prefix_gb, config.engine.prefix_dtype)
     environments = _environments(config, corpus, clients, model, cache)
     if network is None:
-        engine, partition = _engine(config, environments, device), partition_table(corpus, clients)
+        fuse = _fuse(config, environments, shapes)
+        engine, partition = _engine(config, environments, device, fuse), partition_table(corpus, clients)
         texts: Mapping[ClientId, TextSizes] = {name: env.train.sizes for name, env in environments.items()}
     else:
         engine, texts = network.open(_terms(config, corpus, model, aside))
@@ -125,6 +123,21 @@ def prepare(config: Config, network: Network | None = None) -> Experiment:
     opening = ServerState(0, config.seed, adapter, full_mask(adapter), read_head(model), {}, folds)
     start = _start(config, federation, opening, len(folds) if network is None else 0)
     return Experiment(config, corpus, partition, model, test, federation, start, cache, environments)
+
+
+def _adapted(config: Config, model: BaseModel) -> Mapping[str, tuple[int, int]]:
+    """The adapted maps and their (O, I): those of the targets that do not train in full anyway."""
+    found = resolve_targets(model.network, model.blocks, config.adapter.targets)
+    whole = tuple(f"{module}." for module in model.head_modules)
+    shapes = {name: shape for name, shape in found.items() if not f"{name}.".startswith(whole)}
+    if not shapes:
+        allowed = "needs a map whose weights the checkpoint holds; those it lacks are trained in full"
+        raise InputError("adapter.targets", config.adapter.targets, allowed)
+    width = min(min(shape) for shape in shapes.values())
+    if config.adapter.rank > width:
+        allowed = f"at most the width of the narrowest adapted map, {width}"
+        raise InputError("adapter.rank", config.adapter.rank, allowed)
+    return shapes
 
 
 def load_model(config: Config, labels: Sequence[str], device: torch.device) -> BaseModel:
@@ -191,6 +204,7 @@ def _terms(config: Config, corpus: Corpus, model: BaseModel, aside: float) -> Te
         "base_dtype": config.model.base_dtype,
         "quantize": config.model.quantize,
         "prefix_dtype": config.engine.prefix_dtype,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
         "holdout_share": aside,
     }
     return terms_of(model, tuple(corpus.label_names), config.seed, rest)
@@ -291,13 +305,13 @@ def _rounds(config: Config) -> int:
     return config.privacy.affordable(config.sampling, config.rounds)
 
 
-def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> Engine:
+def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch.device, fuse: int) -> Engine:
     """One process, or several where the machine can fork and the CPU does the work."""
     assert isinstance(config.engine, Embedded)
     if config.failures.dropout > 0:
         steady = config.model_copy(update={"failures": Failures()})
-        return Dropout(_engine(steady, environments, device), config.failures.dropout, config.seed)
-    wanted, fuse = config.engine.workers or (os.cpu_count() or 1), _fuse(config, environments, device)
+        return Dropout(_engine(steady, environments, device, fuse), config.failures.dropout, config.seed)
+    wanted = config.engine.workers or (os.cpu_count() or 1)
     if config.engine.threads > 1:  # a fork of a process that already ran several threads would hang
         wanted = 1
     if device.type == "cpu" and sys.platform == "linux" and min(wanted, len(environments)) > 1:
@@ -305,19 +319,27 @@ def _engine(config: Config, environments: Mapping[str, ClientEnv], device: torch
     return EmbeddedEngine(environments, fuse)
 
 
-def _fuse(config: Config, environments: Mapping[str, ClientEnv], device: torch.device) -> int:
+def _fuse(
+    config: Config, environments: Mapping[str, ClientEnv], shapes: Mapping[str, tuple[int, int]]
+) -> int:
     """How many clients share a pass: on a CPU it pays where a step is smaller than about 500 tokens."""
     assert isinstance(config.engine, Embedded)
     if isinstance(config.aggregation, FOLDING):
         return 1  # each client stays with the worker that has its folds
     if config.privacy is not None:
         return 1  # in a shared pass the last bits of one client's change depend on the others' texts
+    model = next(iter(environments.values())).model
+    if config.engine.fuse != 1 and (reason := why_alone(model, shapes)):
+        if config.engine.fuse is not None:
+            allowed = f"must be 1: {model.source} gives clients in one pass other results ({reason})"
+            raise InputError("engine.fuse", config.engine.fuse, allowed)
+        return 1
     if config.engine.fuse is not None:
         return config.engine.fuse
     texts = sum(len(env.train) for env in environments.values())
     tokens = sum(int(env.train.starts[-1]) for env in environments.values())
     step = config.training.batch_size * tokens / max(1, texts)
-    return max(1, min(64, int((32_768 if device.type == "cuda" else 512) / step)))
+    return max(1, min(64, int((32_768 if model.device.type == "cuda" else 512) / step)))
 
 
 def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:
@@ -341,7 +363,7 @@ def _validation(
     data = _encode(config, model, kept)
 
     def loss(state: ServerState, update: ClientUpdate) -> float:
-        catch_up(model, [], Folds(0, state.folds))
+        keep_up(model, state.folds)
         adapter = update.adapter
         if config.adapter.untrained == "frozen":  # the client's model also holds what it did not train
             adapter = restrict(embed(adapter, update.mask, state.adapter), state.active)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from polyrank.adapter import fingerprint, num_slots
+from polyrank.adapter import Adapter, fingerprint, num_slots
 from polyrank.evaluation import evaluate
 from polyrank.lowrank import fold
 from polyrank.messages import ClientScores, EvaluateTask, Folds, TrainTask
@@ -113,3 +113,12 @@ def catch_up(model: BaseModel, received: list[str], folds: Folds) -> None:
         raise MissingFoldsError(
             f"the base model holds {len(model.folded)} folds, this client {len(received)}"
         )
+
+
+def keep_up(model: BaseModel, folds: Sequence[Adapter]) -> None:
+    """Add what the server's own copy of the model lacks of all folds so far.
+
+    Raises: MissingFoldsError when it is ahead of them.
+    """
+    known = model.folded[: len(folds)]
+    catch_up(model, known, Folds(len(known), folds[len(known) :]))

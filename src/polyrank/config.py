@@ -242,12 +242,15 @@ class Config(Schema):
 
     def _model_fits(self) -> None:
         """Refuse what would add to weights of few bits."""
-        bits = self.model.quantize
+        bits, folds = self.model.quantize, isinstance(self.aggregation, FOLDING)
+        if self.task == "causal_lm" and self.model.base_dtype == "bf16" and folds:
+            allowed = f"must be 'fp32' under {self.aggregation.kind}, whose folds bf16 would round away"
+            raise InputError("model.base_dtype", "bf16", allowed)
         if bits is None:
             return
         if self.task != "causal_lm":
             raise InputError("model.quantize", bits, "goes with task = 'causal_lm' alone")
-        if self.adapter.start != "zero" or isinstance(self.aggregation, FOLDING):
+        if self.adapter.start != "zero" or folds:
             allowed = "needs adapter.start = 'zero' and a rule that folds nothing into the frozen weights"
             raise InputError("model.quantize", bits, allowed)
 
@@ -266,9 +269,8 @@ class Config(Schema):
         if self.partition.kind != "natural":
             allowed = "must be 'natural' for engine.kind = 'flare': every site has its own texts"
             raise InputError("partition.kind", self.partition.kind, allowed)
-        if self.evaluation.validation_texts or (
-            isinstance(self.allocation, LossBased) and self.allocation.score == "server"
-        ):
+        by_loss = isinstance(self.allocation, LossBased) and self.allocation.score == "server"
+        if self.evaluation.validation_texts or by_loss:
             allowed = "takes train texts, of which the server has none with engine.kind = 'flare'"
             raise InputError("evaluation.validation_texts", self.evaluation.validation_texts, allowed)
         return self
@@ -338,10 +340,8 @@ class Config(Schema):
         """Refuse rules other than means over the holders of each slot in which all clients weigh the same."""
         rule = self.aggregation
         if not isinstance(rule, HOLDERS):
-            allowed = (
-                f"must average the holders of each slot under {mode}: fedavg, replication_padding, "
-                "layer_wise, random_slots or anchored in factor space"
-            )
+            some = "fedavg, replication_padding, layer_wise, random_slots or anchored in factor space"
+            allowed = f"must average the holders of each slot under {mode}: {some}"
             raise InputError("aggregation.kind", rule.kind, allowed)
         if isinstance(rule, Anchored) and rule.space == "product":
             raise InputError("aggregation.space", "product", f"must be 'factor' under {mode}")

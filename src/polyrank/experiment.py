@@ -16,7 +16,7 @@ from polyrank.assemble import Experiment, prepare
 from polyrank.card import write_card
 from polyrank.charges import CHARGES, BudgetError, read_charges
 from polyrank.checkpoint import STATE_FILE, save_state
-from polyrank.client import catch_up
+from polyrank.client import keep_up
 from polyrank.commit import CHECKPOINTS, Manifest, commit, first_manifest
 from polyrank.config import Config
 from polyrank.errors import InputError, RunError
@@ -34,7 +34,6 @@ from polyrank.ledger import (
     versions,
 )
 from polyrank.measures import MEASURES, SCORE_NAMES
-from polyrank.messages import Folds
 from polyrank.privacy import PrivateMean
 from polyrank.report import write_report
 from polyrank.round import Federation, evaluate_clients, federated_round
@@ -154,7 +153,7 @@ def in_private(experiment: Experiment, folder: RunFolder) -> Federation:
 
 def evaluate_global(experiment: Experiment, state: ServerState) -> dict[str, float]:
     """Scores of the global model on the test texts."""
-    catch_up(experiment.model, [], Folds(0, state.folds))
+    keep_up(experiment.model, state.folds)
     adapter = restrict(state.adapter, state.active)
     size = experiment.config.evaluation.batch_size
     found = evaluate(experiment.model, adapter, state.head, experiment.test, size, experiment.prefix)
@@ -241,6 +240,7 @@ def _score_clients(experiment: Experiment, folder: RunFolder, state: ServerState
     scores = evaluation.scores
     folder.append(SCORES, score_rows(scores))
     spent: dict[str, float] = {
+        "clients_scored": len(scores),
         "evaluation_bytes_down": evaluation.bytes_down,
         "evaluation_bytes_up": evaluation.bytes_up,
     }

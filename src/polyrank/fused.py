@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyrank.adapter import Factors, Head
+from polyrank.models.layout import UnfitError
 
 
 class Shares:
@@ -43,8 +44,15 @@ class Shares:
         self._places.clear()
 
     def of(self, num_rows: int, num_clients: int) -> list[int]:
-        """Rows of each client in a batch of so many."""
-        return self._counts[num_rows] if num_clients > 1 else [num_rows]
+        """Rows of each client in a batch of so many.
+
+        Raises: UnfitError when they are neither texts nor tokens.
+        """
+        if num_clients == 1:
+            return [num_rows]
+        if num_rows not in self._counts:
+            raise UnfitError(f"a map sees {num_rows} rows that are neither the texts nor their tokens")
+        return self._counts[num_rows]
 
     def spread(self, flat: Tensor, counts: Sequence[int]) -> Tensor:
         """[M, H] to [G, L, H]; what is behind a client's last row repeats that row."""

@@ -71,6 +71,12 @@ class LowRankLinear(nn.Module):
         add = add_products if x.device.type == "cpu" else add_padded
         return add(y.reshape(-1, y.shape[-1]), flat, B, e, A, self.scale, self.shares).view(y.shape)
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for models that look at its type (T5)."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
     def updates(self, rows: int) -> Iterator[Sequence[Update]]:
         """What trains, then what is frozen: for each client its part of so many rows, and what it adds."""
         for parts in (dict(self.named_parameters(recurse=False)), self.frozen):

@@ -17,7 +17,7 @@ from polyrank.config import Config
 from polyrank.cost import Workload, memory_parts
 from polyrank.device import packaged
 from polyrank.errors import InputError
-from polyrank.models.load import BaseModel, reading
+from polyrank.models.load import BaseModel, expanded, reading
 from polyrank.models.shape import ModelShape, shape_of
 from polyrank.models.targets import block_names, resolve_targets
 
@@ -65,8 +65,9 @@ def skeleton(name: str) -> BaseModel:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with reading(name, name, "a model folder or a hub id", "causal language model"), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    source = expanded(name)
+    with reading(name, source, "a model folder or a hub id", "causal language model"), torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     prefix = network.base_model_prefix
     blocks = block_names(getattr(network, prefix), prefix)
     return BaseModel(network, None, name, blocks, [], torch.device("meta"), task="causal_lm")

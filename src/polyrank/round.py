@@ -169,6 +169,8 @@ def federated_round(
     with contextlib.closing(Received(task, journal)) as received:
         try:
             if fed.voting is not None and not everybody:  # votes may have left a client nothing to train
+                if not state.head:  # all at once: LEGEND plans for the whole population anyway
+                    plan |= fed.allocation.allocate(state, [one for one in spares if one not in plan])
                 first_wave = cohort = with_work(cohort, spares, works)
                 spares = [client for client in spares if works(client)]
             if fed.private:  # a cohort is who was drawn: to replace one that failed would tell of the data

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from polyrank.adapter import restrict
 from polyrank.assemble import Experiment
-from polyrank.client import catch_up
+from polyrank.client import keep_up
 from polyrank.config import Config
 from polyrank.generation import exact_match, respond
 from polyrank.ledger import RunFolder
-from polyrank.messages import Folds
 from polyrank.state import ServerState
 
 SAMPLES = "samples.json"
@@ -47,7 +46,7 @@ def _asked(config: Config) -> bool:
 
 
 def _responses(experiment: Experiment, state: ServerState) -> list[str]:
-    catch_up(experiment.model, [], Folds(0, state.folds))
+    keep_up(experiment.model, state.folds)
     table, test = experiment.config.evaluation, experiment.corpus.test
     adapter, longest = restrict(state.adapter, state.active), experiment.config.model.max_length
     prompts = [turns for turns in test.texts[: table.responses] if not isinstance(turns, str)]

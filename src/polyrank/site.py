@@ -123,6 +123,7 @@ class Terms(Schema):
     base_dtype: Literal["fp32", "bf16"] = "fp32"
     quantize: Bits | None = None
     prefix_dtype: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
     holdout_share: float = 0.0
 
 
@@ -195,7 +196,7 @@ class Site:
         with _shown_as(shown):
             model = _load(wanted.name, terms, device)
         self.loads += 1
-        model = replace(model, skips=can_skip(model))
+        model = replace(model, skips=can_skip(model), recomputes=terms.gradient_checkpointing)
         if wanted.sha256 is not None and (found := weights_sha256(model.source)) != wanted.sha256:
             raise InputError("model.sha256", found, f"of the weights of {shown}: expected {wanted.sha256}")
         agree("model.name", model.digest, terms.digest, f"base model {terms.model}")

@@ -27,7 +27,7 @@ LAYERS = [
     ["generation"],
     ["charges"],
     ["robust", "privacy"],
-    ["session", "received"],
+    ["session", "received", "grouping"],
     ["client"],
     ["engine"],
     ["collect"],

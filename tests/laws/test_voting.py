@@ -227,7 +227,8 @@ class Deaf:
 
 
 @pytest.mark.parametrize("deep", [2, 1, 0])
-def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
+def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, monkeypatch, deep):
+    choose = Legend.choose
     settings = ["method=legend+fedara", "voting.target_rank=1", "fleet.name=edge3"]
     experiment = prepare(small_config(tmp_path, "causal", *settings))
     fed, state = experiment.federation, experiment.start
@@ -239,6 +240,8 @@ def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
         for place, (name, one) in enumerate(state.clients.items())
     }
     state = dataclasses.replace(state, active=active, shares=shares, clients=clients, round=1)
+    planned = []
+    monkeypatch.setattr(Legend, "choose", lambda *given: planned.append(1) or choose(*given))
     try:
         if deep == 0:
             with pytest.raises(RunError, match="round 1: no client holds a slot that is still active"):
@@ -246,6 +249,7 @@ def test_a_client_whose_slots_were_all_voted_out_is_replaced(tmp_path, deep):
             return
         _, record = federated_round(fed, state)
         assert {reply.client for reply in record.replies} == set(list(clients)[:deep])
+        assert len(planned) == 2  # for the cohort, and for all others at once
         assert all(reply.error is None for reply in record.replies)
         deaf = Deaf(fed.engine)
         with pytest.raises(RunError, match="no client gave a usable update"):

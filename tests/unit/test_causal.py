@@ -240,6 +240,8 @@ def test_four_bits_need_cuda(stored):
         (["task=causal_lm", "model.quantize=8bit", "method=fedex"], "folds nothing into the frozen weights"),
         (["task=causal_lm", "model.quantize=8bit", "method=federa"], "needs adapter.start = 'zero'"),
         (["model.quantize=2bit"], "must be '8bit' or '4bit'"),
+        (["task=causal_lm", "model.base_dtype=bf16", "method=flora"], "must be 'fp32' under stacking"),
+        (["task=causal_lm", "model.base_dtype=bf16", "method=fedex"], "must be 'fp32' under residual"),
     ],
 )
 def test_what_does_not_go_with_few_bits(settings, complaint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -172,10 +173,13 @@ def test_a_fused_round_is_the_round(fuse):
 def test_too_little_memory_for_a_group_is_no_failure(monkeypatch):
     from polyrank.engine import embedded
 
-    sizes = []
+    sizes, filled = [], []
 
     def scarce(requests, environments):
         sizes.append(len(requests))
+        assert not filled or filled[-1]() is None  # the next try has the room
+        batch = torch.zeros(9)
+        filled.append(weakref.ref(batch))
         if len(requests) > 1:
             raise torch.OutOfMemoryError("too much")
         return answer_together(requests, environments)

@@ -86,6 +86,12 @@ def test_sliced_equals_masked():
     assert apart(LowRankLinear(base, [sliced])(x), LowRankLinear(base, [masked])(x)) < 2e-6
 
 
+def test_a_model_may_look_at_the_frozen_weight():
+    """T5 asks an output map for its type."""
+    base = nn.Linear(6, 5)
+    assert LowRankLinear(base, [factors_for(5, 6, 3)]).weight is base.weight
+
+
 def test_dropout_is_on_the_adapter_path_only():
     base, x = nn.Linear(6, 5), torch.randn(3, 6)
     layer = LowRankLinear(base, [factors_for(5, 6, 3)], 0.5)

@@ -44,6 +44,12 @@ def planned(folder, *settings):
     return plan_memory(load_config(settings=[*given, *settings]))
 
 
+def test_a_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    config_in(tmp_path / "small", "Llama", 64, 128, 2, 2, {"vocab_size": 100})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert planned("~/small") == {**planned(tmp_path / "small"), "model": planned("~/small")["model"]}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models_have_their_known_sizes(name, tmp_path):
     shape, parameters = KNOWN[name]

@@ -11,7 +11,7 @@ from polyrank.adapter import Adapter, Draw, Factors, delta_weight, full_mask, nu
 from polyrank.aggregation import Anchored, NormWeighted, ReplicationPadding, Stacking, ZeroPadding
 from polyrank.allocation import LossBased, RandomSlotChoice, Tiers, Uniform
 from polyrank.checkpoint import load_state, save_state
-from polyrank.client import catch_up
+from polyrank.client import catch_up, keep_up
 from polyrank.collect import Failures
 from polyrank.config import make_config
 from polyrank.errors import RunError
@@ -255,6 +255,12 @@ def test_a_missing_or_changed_fold_is_found_out():
     other = []
     with pytest.raises(ClientError, match="the base model holds 1 folds, this client 0"):
         catch_up(model, other, Folds())
+    keep_up(model, folds)
+    assert len(model.folded) == 3
+    keep_up(model, folds)
+    assert len(model.folded) == 3
+    with pytest.raises(ClientError, match="the base model holds 3 folds"):
+        keep_up(model, folds[:2])
 
 
 def test_a_client_that_lost_its_folds_gets_them_again():

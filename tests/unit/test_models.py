@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from polyrank.assemble import _adapted
+from polyrank.config import load_config
 from polyrank.errors import InputError
+from polyrank.models.frozen import PackedMap, pack_blocks
 from polyrank.models.load import (
     head_parameters,
     load_base,
@@ -125,14 +129,8 @@ def test_a_target_that_matches_nothing_is_named(targets):
 def test_a_layer_that_the_checkpoint_lacks_is_trained_with_the_head(tmp_path):
     network = tiny_network("bert")
     network.save_pretrained(tmp_path)
-    from safetensors.torch import load_file, save_file
-
     kept = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "pooler" not in k}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    from transformers import AutoTokenizer
-
-    from polyrank.models.load import packaged_model
-
     AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(tmp_path)
     first, again = (load_base(str(tmp_path), ["a", "b", "c"], 4, CPU) for _ in range(2))
     assert list(first.head_modules) == ["bert.pooler.dense", "classifier"]
@@ -141,6 +139,31 @@ def test_a_layer_that_the_checkpoint_lacks_is_trained_with_the_head(tmp_path):
     assert not torch.equal(
         read_head(first)["bert.pooler.dense.weight"], read_head(other)["bert.pooler.dense.weight"]
     )
+
+
+def test_a_map_that_the_checkpoint_lacks_gets_no_adapter_and_stays_off_the_packed_path(tmp_path, monkeypatch):
+    network = tiny_network("bert")
+    network.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in held.items() if "layer.1.attention.self.query" not in k}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    AutoTokenizer.from_pretrained(packaged_model()).save_pretrained(tmp_path)
+    monkeypatch.setattr("polyrank.models.load.packed_dtype", lambda _: "fp32")
+    model = load_base(str(tmp_path), ["a", "b", "c"], 4, CPU)
+    lacking = "bert.encoder.layer.1.attention.self.query"
+    assert list(model.head_modules) == [lacking, "classifier"]
+    assert set(_adapted(load_config(), model)) == {
+        f"bert.encoder.layer.{n}.attention.self.{m}" for n in (0, 1) for m in ("query", "key", "value")
+    } - {lacking}
+    with pytest.raises(InputError, match="adapter.targets = .*: needs a map whose weights"):
+        _adapted(load_config(None, [f"adapter.targets=['{lacking}']"]), model)
+    assert not isinstance(model.network.get_submodule(lacking).forward, PackedMap)
+    assert isinstance(model.network.get_submodule(lacking.replace("query", "key")).forward, PackedMap)
+    whole = dataclasses.replace(model, head_modules=["bert.encoder.layer.1.attention", "classifier"])
+    assert all("layer.0." in name for name in _adapted(load_config(), whole))
+    plain = tiny_network("bert")
+    pack_blocks(plain, model.blocks, whole.head_modules, "fp32")
+    assert not isinstance(plain.get_submodule(lacking).forward, PackedMap)
 
 
 def test_the_packaged_model_loads_the_same_every_time(minilm):

@@ -129,6 +129,15 @@ def test_texts_kept_aside_are_those_of_the_embedded_engine(folder):
     assert len(kept_aside(10, network.terms, "x")[1]) == 2
 
 
+def test_sites_compute_blocks_again_where_the_run_says_so(folder):
+    for said in (False, True):
+        network = Direct(folder)
+        prepare(
+            config_of(folder, "flare", "plain", f"model.gradient_checkpointing={str(said).lower()}"), network
+        )
+        assert {site.env.model.recomputes for site in network.sites.values()} == {said}
+
+
 def test_as_few_test_texts_are_drawn_as_for_the_embedded_engine(folder):
     few = prepare(config_of(folder, "embedded", "plain", "data.max_test=7")).test
     assert len(few) == 7

@@ -162,11 +162,11 @@ def pack_blocks(
     network: nn.Module, blocks: Sequence[str], trained: Sequence[str] = (), dtype: Dtype = "bf16"
 ) -> None:
     """Put every linear map of the blocks on the packed path, but those that train."""
-    inside = tuple(f"{block}." for block in blocks)
+    inside, whole = tuple(f"{block}." for block in blocks), tuple(f"{module}." for module in trained)
     maps = {
         name: module
         for name, module in network.named_modules()
-        if name not in trained and name.startswith(inside) and linear_shape(module) is not None
+        if name.startswith(inside) and not f"{name}.".startswith(whole) and linear_shape(module) is not None
     }
     size = sum(p.numel() * p.element_size() for module in maps.values() for p in module.parameters())
     if dtype == "bf16" or size <= _MOST_BYTES:
