@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from polyrank.errors import InputError
+from polyrank.grouping import why_alone
 from polyrank.ledger import versions
 from polyrank.models.frozen import DTYPES, bf16_is_there, packed_dtype
-from polyrank.models.load import PACKAGED, load_base, packaged_model, pick_device
+from polyrank.models.load import PACKAGED, BaseModel, load_base, packaged_model, pick_device
 from polyrank.models.prefix import why_not_skip
+from polyrank.models.targets import Targets, resolve_targets
 
 
 def examine(name: str | None = None) -> dict[str, Any]:
@@ -55,5 +57,16 @@ def paths(name: str) -> dict[str, str]:
         "packed": "yes" if model.packs else f"no: {model.reasons['packing']}",
         "pooled": pooled if model.pools else f"no: {model.reasons['pooling']}",
         "prefix": f"no: {no_prefix}" if no_prefix else "yes",
+        "fused": "; ".join(f"{targets}: {_fused(model, targets)}" for targets in ("attention", "all-linear")),
         "frozen maps": "; ".join(f"base_dtype = '{dtype}': {way}" for dtype, way in frozen.items()),
     }
+
+
+def _fused(model: BaseModel, targets: Targets) -> str:
+    """Whether clients share a pass where adapters are on these maps."""
+    try:
+        shapes = resolve_targets(model.network, model.blocks, targets)
+    except InputError as error:
+        return f"no: {error.allowed.partition(';')[0]}"
+    reason = why_alone(model, shapes)
+    return f"no: {reason}" if reason else "yes"

@@ -27,6 +27,8 @@ def test_the_paths_of_a_model_in_a_folder(family, packed, pooled, prefix, tmp_pa
     found = examine(str(tmp_path))
     assert (found["paths of"], found["packed"], found["prefix"]) == (str(tmp_path), packed, prefix)
     assert found["pooled"].startswith(pooled)
+    beside = "no: a map sees 12 rows that are neither the texts nor their tokens"
+    assert found["fused"] == f"attention: yes; all-linear: {beside if family == 'deberta' else 'yes'}"
 
 
 @pytest.mark.skipif(pick_device("auto").type != "cpu", reason="only a CPU packs")
