@@ -85,6 +85,8 @@ def test_what_a_run_leaves_behind(finished):
     assert samples[0]["prompt"] in page
     assert "Perplexity on each client" in page
     assert finished.summary["client_perplexity_max"] >= finished.summary["client_perplexity_mean"]
+    scored = [json.loads(line) for line in (finished.path / "client_scores.jsonl").read_text().splitlines()]
+    assert finished.summary["clients_scored"] == len(scored) > 0
 
 
 def test_the_command_line_tells_perplexity(inputs, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,8 @@ import torch
 
 from polyrank.config import load_config
 from polyrank.errors import InputError
-from polyrank.evaluation import evaluate
+from polyrank.evaluation import evaluate, response_scores
+from polyrank.gate import MAX_METRIC
 from polyrank.lowrank import installed
 from polyrank.models.load import logits_of, read_head
 from polyrank.models.packing import difference, plain_logits
@@ -225,6 +226,18 @@ def test_a_base_stored_in_bf16_trains_an_adapter_in_fp32(speaker, stored, tmp_pa
         assert 0 < largest_difference(update.adapter, reference) < 0.1 * moved
     loss = evaluate(wide, reference, {}, data, 4)["loss"]
     assert evaluate(narrow, reference, {}, data, 4)["loss"] == pytest.approx(loss, rel=0.02)
+
+
+def test_the_worst_language_model_has_a_perplexity_that_a_message_holds():
+    """A client left out for its perplexity would make the others' mean the better."""
+    data = prompts(3)
+
+    def sure(rows, inputs):  # of token 0, which is never the next one
+        return torch.zeros(int(inputs["asked"].sum()), 90).index_fill(1, torch.tensor([0]), 100.0)
+
+    found = response_scores(tiny_speaker(), data, 3, sure)
+    assert found["loss"] > 99
+    assert 1e8 < found["perplexity"] <= MAX_METRIC
 
 
 def test_four_bits_need_cuda(stored):
