@@ -18,7 +18,12 @@ import psutil
 
 from tests.site_runs import SITES, make_sites, site_settings
 
-_POLYRANK = "from polyrank.cli import main; main()"
+_POLYRANK = """
+import signal
+from polyrank.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell would ignore it
+main()
+"""
 SMALL = (
     "training.local_steps=2",
     "training.batch_size=4",
