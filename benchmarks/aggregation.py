@@ -186,7 +186,7 @@ def error_row(clients: int, pairs: int) -> Row:
         far = near = 0.0
         for name, served in merged.adapter.modules.items():
             products = (u.num_examples * delta_weight(u.adapter.modules[name]) for u in updates)
-            mean = torch.stack(list(products)).sum(0) / sum(u.num_examples for u in updates)
+            mean = sum(products, torch.zeros(())) / sum(u.num_examples for u in updates)
             near += float(mean.double().square().sum())
             far += float((mean - delta_weight(served)).double().square().sum())
         return math.sqrt(far / near)

@@ -38,7 +38,7 @@ from polyrank.models.load import BaseModel, load_base, pick_device, read_head
 from polyrank.models.prefix import PrefixCache, can_skip, temporary_cache
 from polyrank.models.shape import shape_of
 from polyrank.models.speaker import load_speaker
-from polyrank.models.targets import resolve_targets
+from polyrank.models.targets import lies_in, resolve_targets
 from polyrank.robust import RobustMean
 from polyrank.round import Federation, make_task
 from polyrank.sampling import SampleCount, expected_share
@@ -128,8 +128,7 @@ def prepare(config: Config, network: Network | None = None) -> Experiment:
 def _adapted(config: Config, model: BaseModel) -> Mapping[str, tuple[int, int]]:
     """The adapted maps and their (O, I): those of the targets that do not train in full anyway."""
     found = resolve_targets(model.network, model.blocks, config.adapter.targets)
-    whole = tuple(f"{module}." for module in model.head_modules)
-    shapes = {name: shape for name, shape in found.items() if not f"{name}.".startswith(whole)}
+    shapes = {name: shape for name, shape in found.items() if not lies_in(name, model.head_modules)}
     if not shapes:
         allowed = "needs a map whose weights the checkpoint holds; those it lacks are trained in full"
         raise InputError("adapter.targets", config.adapter.targets, allowed)
@@ -328,18 +327,18 @@ def _fuse(
         return 1  # each client stays with the worker that has its folds
     if config.privacy is not None:
         return 1  # in a shared pass the last bits of one client's change depend on the others' texts
-    model = next(iter(environments.values())).model
-    if config.engine.fuse != 1 and (reason := why_alone(model, shapes)):
-        if config.engine.fuse is not None:
-            allowed = f"must be 1: {model.source} gives clients in one pass other results ({reason})"
-            raise InputError("engine.fuse", config.engine.fuse, allowed)
+    model, fuse = next(iter(environments.values())).model, config.engine.fuse
+    if fuse is None:
+        texts = sum(len(env.train) for env in environments.values())
+        tokens = sum(int(env.train.starts[-1]) for env in environments.values())
+        step = config.training.batch_size * tokens / max(1, texts)
+        fuse = max(1, min(64, int((32_768 if model.device.type == "cuda" else 512) / step)))
+    if fuse == 1 or not (reason := why_alone(model, shapes)):
+        return fuse
+    if config.engine.fuse is None:
         return 1
-    if config.engine.fuse is not None:
-        return config.engine.fuse
-    texts = sum(len(env.train) for env in environments.values())
-    tokens = sum(int(env.train.starts[-1]) for env in environments.values())
-    step = config.training.batch_size * tokens / max(1, texts)
-    return max(1, min(64, int((32_768 if model.device.type == "cuda" else 512) / step)))
+    allowed = f"must be 1: {model.source} gives clients in one pass other results ({reason})"
+    raise InputError("engine.fuse", fuse, allowed)
 
 
 def _keep_for_server(corpus: Corpus, config: Config) -> tuple[Corpus, Texts | None]:

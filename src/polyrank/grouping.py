@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from polyrank.fused import Shares, own_heads
 from polyrank.lowrank import installed
 from polyrank.models.load import BaseModel, logits_of, read_head
 from polyrank.models.packing import told
+from polyrank.models.prefix import probe_texts
 
 _TEXTS = ((6,), (3, 4))
 """Token counts of two clients' texts, so that texts, tokens and padded tokens differ in number."""
@@ -32,7 +32,7 @@ def why_alone(model: BaseModel, shapes: Mapping[str, tuple[int, int]]) -> str:
         shapes: (O, I) of the adapted maps by name.
     """
     clients = range(len(_TEXTS))
-    texts = [_texts(model, lengths) for lengths in _TEXTS]
+    texts = [probe_texts(model, lengths) for lengths in _TEXTS]
     adapters = [_strong(shapes, client) for client in clients]
     try:
         with torch.inference_mode():
@@ -42,14 +42,6 @@ def why_alone(model: BaseModel, shapes: Mapping[str, tuple[int, int]]) -> str:
     except Exception as error:  # whatever a foreign model does on the probe, it only means one by one
         return told(error)
     return "" if apart <= _CLOSE else f"logits differ by {apart:.0e}"
-
-
-def _texts(model: BaseModel, lengths: Sequence[int]) -> Tokens:
-    total, config = sum(lengths), model.network.config
-    ids = np.arange(total, dtype=np.int32) % (config.vocab_size - 4) + 3
-    responses = np.ones(len(lengths), dtype=np.int64) if model.task == "causal_lm" else None
-    labels = np.zeros(len(lengths), dtype=np.int64)
-    return Tokens(ids, None, np.cumsum([0, *lengths]), labels, int(config.pad_token_id or 0), responses)
 
 
 def _strong(shapes: Mapping[str, tuple[int, int]], seed: int) -> Adapter:

@@ -47,7 +47,8 @@ def planned(folder, *settings):
 def test_a_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
     config_in(tmp_path / "small", "Llama", 64, 128, 2, 2, {"vocab_size": 100})
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert planned("~/small") == {**planned(tmp_path / "small"), "model": planned("~/small")["model"]}
+    short, full = planned("~/small"), planned(tmp_path / "small")
+    assert {**short, "model": ""} == {**full, "model": ""}
 
 
 @pytest.mark.parametrize("name", KNOWN)

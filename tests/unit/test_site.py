@@ -130,20 +130,17 @@ def test_texts_kept_aside_are_those_of_the_embedded_engine(folder):
 
 
 def test_sites_compute_blocks_again_where_the_run_says_so(folder):
-    for said in (False, True):
+    for said in ("false", "true"):
         network = Direct(folder)
-        prepare(
-            config_of(folder, "flare", "plain", f"model.gradient_checkpointing={str(said).lower()}"), network
-        )
-        assert {site.env.model.recomputes for site in network.sites.values()} == {said}
+        prepare(config_of(folder, "flare", "plain", f"model.gradient_checkpointing={said}"), network)
+        assert {site.env.model.recomputes for site in network.sites.values()} == {said == "true"}
 
 
 def test_as_few_test_texts_are_drawn_as_for_the_embedded_engine(folder):
-    few = prepare(config_of(folder, "embedded", "plain", "data.max_test=7")).test
-    assert len(few) == 7
-    assert prepare(
-        config_of(folder, "flare", "plain", "data.max_test=7"), Direct(folder)
-    ).test.ids.tolist() == (few.ids.tolist())
+    here = prepare(config_of(folder, "embedded", "plain", "data.max_test=7")).test
+    there = prepare(config_of(folder, "flare", "plain", "data.max_test=7"), Direct(folder)).test
+    assert len(here) == 7
+    assert there.ids.tolist() == here.ids.tolist()
 
 
 def refused(folder, key, terms=None, name="site-a", **changes):

@@ -43,16 +43,12 @@ class EmbeddedEngine:
         start = time.perf_counter()
         environments = [self.environments[client] for client, _ in requests]
         results: Sequence[bytes | Exception]
-        full = ""
         try:
             results = answer_together([request for _, request in requests], environments)
         except torch.OutOfMemoryError as failure:
-            full = f"{type(failure).__name__}: {first_line(failure)}"
-        if full:  # only now is what filled the memory let go
-            if len(requests) > 1:  # too many at once: one after the other
-                yield from itertools.chain.from_iterable(self._answer([request]) for request in requests)
-            else:
-                yield Answer(requests[0][0], None, time.perf_counter() - start, full)
+            results = [torch.OutOfMemoryError(str(failure))]  # the one caught holds on to the memory
+        if len(results) < len(requests):  # too many at once: one after the other
+            yield from itertools.chain.from_iterable(self._answer([request]) for request in requests)
             return
         wall_s = (time.perf_counter() - start) / len(requests)
         for (client, _), result in zip(requests, results, strict=True):

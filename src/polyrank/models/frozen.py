@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from polyrank.models.targets import linear_shape
+from polyrank.models.targets import lies_in, linear_shape
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -162,11 +162,11 @@ def pack_blocks(
     network: nn.Module, blocks: Sequence[str], trained: Sequence[str] = (), dtype: Dtype = "bf16"
 ) -> None:
     """Put every linear map of the blocks on the packed path, but those that train."""
-    inside, whole = tuple(f"{block}." for block in blocks), tuple(f"{module}." for module in trained)
+    inside = tuple(f"{block}." for block in blocks)
     maps = {
         name: module
         for name, module in network.named_modules()
-        if name.startswith(inside) and not f"{name}.".startswith(whole) and linear_shape(module) is not None
+        if name.startswith(inside) and not lies_in(name, trained) and linear_shape(module) is not None
     }
     size = sum(p.numel() * p.element_size() for module in maps.values() for p in module.parameters())
     if dtype == "bf16" or size <= _MOST_BYTES:

@@ -216,12 +216,18 @@ def why_not_skip(model: BaseModel) -> str:
     return next(filter(None, (_apart(model, depth) for depth in depths)), "")
 
 
+def probe_texts(model: BaseModel, lengths: Sequence[int]) -> Tokens:
+    """Texts of so many tokens each, for probes; of a language model all but the first token is learned."""
+    total, config = sum(lengths), model.network.config
+    ids = np.arange(total, dtype=np.int32) % (config.vocab_size - 4) + 3
+    responses = np.ones(len(lengths), dtype=np.int64) if model.task == "causal_lm" else None
+    labels = np.zeros(len(lengths), dtype=np.int64)
+    return Tokens(ids, None, np.cumsum([0, *lengths]), labels, int(config.pad_token_id or 0), responses)
+
+
 def _apart(model: BaseModel, depth: int) -> str:
     """How logits from a prefix up to ``depth`` are not those from the start, empty when they are."""
-    ids = np.arange(9, dtype=np.int32) % (model.network.config.vocab_size - 4) + 3
-    pad = int(model.network.config.pad_token_id or 0)
-    responses = np.ones(2, dtype=np.int64) if model.task == "causal_lm" else None
-    data = Tokens(ids, None, np.array([0, 6, 9]), np.zeros(2, dtype=np.int64), pad, responses)
+    data = probe_texts(model, (6, 3))
     inputs, _ = data.batch([0, 1], model.device)
     try:
         with torch.inference_mode():

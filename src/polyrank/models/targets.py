@@ -87,5 +87,10 @@ def resolve_targets(
     return {n: s for n, s in linear.items() if any(_matches(n, target) for target in targets)}
 
 
+def lies_in(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module is one of these, or inside one."""
+    return f"{name}.".startswith(tuple(f"{module}." for module in modules))
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
