@@ -183,3 +183,10 @@ def test_config_files_that_cannot_be_read(tmp_path):
 def test_python_users_get_the_same_line():
     with pytest.raises(ValueError, match="unknown key|Extra inputs"):
         Config(roundz=3)
+
+
+def test_of_a_long_value_both_ends_are_shown():
+    line = str(InputError("data.source", f"/home/{'x' * 90}/texts.csv", "no such file"))
+    assert line.startswith("data.source = '/home/xxx")
+    assert line.endswith("xxx/texts.csv': no such file")
+    assert len(line) == len("data.source = ") + 80 + len(": no such file")
